@@ -1,0 +1,236 @@
+"""Files: read any dialect into ComfyUI's key names, say what a file is, write atomically. safetensors only."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .dialects import to_comfy_names
+from .errors import SVDQuantError
+from .formats import FORMATS, by_disk_name
+from .linear import QuantizedLinear, layer_config
+from .recipes import RECIPES, family_of, find_recipe, plan
+
+TOOL = "comfyui-svdquant 0.1.0"
+METADATA_KEY = "svdquant"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``(state_dict, metadata)`` of a model file, with ComfyUI's key names whatever the file's dialect.
+
+    Tensors are memory-mapped, so a 24 GB file costs no memory until its tensors are used. Quantized layers are
+    checked; :class:`SVDQuantError` says which key is missing or malformed, or why the file cannot be read.
+    """
+    path = Path(path)
+    with open_safetensors(path) as file:
+        metadata = dict(file.metadata() or {})
+    state_dict = to_comfy_names(load_file(path), str(path))
+    for key in [k for k in state_dict if k.endswith(".comfy_quant")]:
+        try:
+            prefix = key.removesuffix("comfy_quant")
+            if by_disk_name(layer_config(state_dict, prefix).get("format", "")):
+                QuantizedLinear.from_state_dict(state_dict, prefix)
+        except SVDQuantError as error:
+            raise SVDQuantError(f"{path}: {error}") from None
+    if any(k.endswith(".comfy_quant") for k in state_dict):
+        plan(find_recipe(state_dict, str(path)), layer_shapes(state_dict), str(path))
+    return state_dict, metadata
+
+
+def layer_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Stored weight shapes by layer name."""
+    return {k.removesuffix(".weight"): tuple(t.shape) for k, t in tensors.items() if k.endswith(".weight")}
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """An open safetensors file, or :class:`SVDQuantError` saying what the file is instead."""
+    if not path.is_file():
+        raise SVDQuantError(f"{path}: no such file.")
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise SVDQuantError(f"{path}: {why_unreadable(path, str(error))}") from None
+    with file:
+        yield file
+
+
+def why_unreadable(path: Path, error: str) -> str:
+    """Plain words for a file that safetensors refuses."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    size = path.stat().st_size
+    if size == 0:
+        return "the file is empty. Download it again."
+    if head[:4] == b"GGUF":
+        return "a GGUF file. Load it with 'Unet Loader (GGUF)' from ComfyUI-GGUF."
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return "a pickled PyTorch file (.pt/.ckpt). Pickle can run code, so it is never read here; use a .safetensors."
+    if int.from_bytes(head[:8], "little") < 100_000_000 and head[8:] == b"{":  # a header's length, then JSON
+        return f"truncated or damaged ({size} bytes; {error}). Download or quantize it again."
+    return f"not a safetensors file ({error})."
+
+
+def quantization_info(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The ``svdquant`` JSON of a file's metadata (recipe, rank, per-layer α and error, ...), empty if absent."""
+    with suppress(ValueError):
+        info = json.loads(metadata.get(METADATA_KEY, "{}"))
+        if isinstance(info, dict):
+            return info
+    return {}
+
+
+@dataclass
+class FileInfo:
+    """What a file is. ``kind`` is one word, ``text`` a sentence, ``loader_hint`` which node loads it."""
+
+    kind: str
+    text: str
+    loader_hint: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def describe_file(path: str | os.PathLike[str]) -> FileInfo:
+    """Say what a model file is from its header alone; :class:`SVDQuantError` if it cannot be read at all."""
+    path = Path(path)
+    with open_safetensors(path) as file:
+        keys = list(file.keys())
+        shapes = {k: tuple(file.get_slice(k).get_shape()) for k in keys}
+        dtypes = {k: file.get_slice(k).get_dtype() for k in keys}
+        metadata = dict(file.metadata() or {})
+        markers = {k: file.get_tensor(k) for k in keys if k.endswith(".comfy_quant")}
+    details: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(keys)}
+    formats = sorted({str(layer_config(markers, k.removesuffix("comfy_quant")).get("format")) for k in markers})
+    if any(by_disk_name(f) for f in formats):
+        info = quantization_info(metadata)
+        recipe = family_title(keys)
+        details |= {"formats": formats, "layers": len(markers), "svdquant": info, "model": recipe}
+        return FileInfo("svdquant", f"an SVDQuant file of {recipe} ({', '.join(formats)})", "SVDQuant Loader", details)
+    if any(k.endswith(".qweight") and k.replace(".qweight", ".wscales") in shapes for k in keys):
+        return FileInfo("nunchaku", "a Nunchaku file, packed for its own kernels", "Nunchaku's loader", details)
+    kind, text, hint = classify(keys, shapes, set(dtypes.values()), bool(markers))
+    return FileInfo(kind, text, hint, details)
+
+
+def family_title(keys: Iterable[str]) -> str:
+    """The recipe's title, a known family's name, or 'an unknown model'."""
+    names = {k.removeprefix("model.diffusion_model.").removeprefix("diffusion_model.") for k in keys}
+    for recipe in RECIPES:
+        if names.issuperset(recipe.keys):
+            return recipe.title
+    return family_of(names) or "an unknown model"
+
+
+def classify(
+    keys: list[str], shapes: Mapping[str, tuple[int, ...]], dtypes: set[str], other_quant: bool
+) -> tuple[str, str, str]:
+    """(kind, sentence, loader) of a file that is not an SVDQuant one."""
+    if any(".lora_" in k or k.endswith((".lokr_w1", ".hada_w1_a", ".oft_blocks", ".alpha")) for k in keys):
+        return "lora", "a LoRA", "SVDQuant LoRA or Load LoRA"
+    if any(k.startswith(("conditioner.", "cond_stage_model.", "text_encoders.")) for k in keys):
+        return "checkpoint", "a full checkpoint with text encoders and VAE", "Load Checkpoint"
+    if any(k.startswith(("decoder.", "first_stage_model.decoder.")) for k in keys):
+        return "vae", "a VAE", "Load VAE"
+    if any(k.startswith(("text_model.", "encoder.block.", "shared.weight")) for k in keys):
+        return "text_encoder", "a text encoder", "Load CLIP"
+    if any(k.startswith(("controlnet_", "control_model.")) for k in keys):
+        return "controlnet", "a ControlNet", "Load ControlNet Model"
+    family = family_title(keys)
+    if family == "an unknown model" and not any("blocks." in k for k in keys):
+        return "unknown", f"no diffusion model that is known here (first keys: {', '.join(sorted(keys)[:4])})", "none"
+    precision = "8-bit or otherwise quantized" if other_quant or any(d.startswith("F8") for d in dtypes) else "16-bit"
+    return "diffusion_model", f"a {precision} diffusion model ({family})", "Load Diffusion Model"
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write safetensors to a temporary name in the same folder, then rename: never a half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    free = shutil.disk_usage(path.parent).free
+    if free < size + 2**20:
+        raise SVDQuantError(
+            f"{path.parent}: not enough disk space. The file needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are "
+            "free. Make room and run again; the layers solved so far are kept."
+        )
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        stream_safetensors(temporary, tensors, metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except PermissionError:
+        raise SVDQuantError(
+            f"{path}: cannot be replaced; a loaded model still uses it. Unload the models or choose another name."
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def stream_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """safetensors' own writer first copies every tensor into memory, which a 12B model's file cannot afford:
+    the same format, one tensor at a time (8 bytes of header length, JSON header, raw little-endian data)."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    order = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))  # wide dtypes first keeps data aligned
+    offset = 0
+    for key in order:
+        tensor = tensors[key]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(tensor_bytes(tensors[key]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor; no copy for a contiguous one on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def quantization_metadata(layers: Mapping[str, QuantizedLinear], info: dict[str, Any]) -> dict[str, str]:
+    """File metadata: ``_quantization_metadata`` as in ComfyUI's QUANTIZATION.md, and our own JSON."""
+    formats = {name: {"format": layer.fmt.disk_name} for name, layer in layers.items()}
+    return {
+        "_quantization_metadata": json.dumps({"format_version": "1.0", "layers": formats}),
+        METADATA_KEY: json.dumps({"tool": TOOL, **info}),
+    }
+
+
+def sixteen_bit(tensor: Tensor) -> Tensor:
+    """Tensors that stay unquantized: 16-bit floats as they are, other floats as bf16, integers untouched."""
+    if tensor.is_floating_point() and tensor.dtype not in (torch.bfloat16, torch.float16):
+        return tensor.to(torch.bfloat16)
+    return tensor
+
+
+__all__ = ["FORMATS", "FileInfo", "describe_file", "read_checkpoint", "write_checkpoint"]

@@ -1,0 +1,108 @@
+"""Key names and layouts that other tools use, turned into ComfyUI's."""
+
+import json
+import re
+
+import torch
+from torch import Tensor
+
+from .errors import SVDQuantError
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
+TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
+
+# diffusers' FLUX → black-forest-labs/flux. A list of sources is concatenated along the output features.
+DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "double_blocks.{i}.img_mod.lin": "transformer_blocks.{i}.norm1.linear",
+    "double_blocks.{i}.txt_mod.lin": "transformer_blocks.{i}.norm1_context.linear",
+    "double_blocks.{i}.img_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.to_{c}" for c in "qkv"),
+    "double_blocks.{i}.txt_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.add_{c}_proj" for c in "qkv"),
+    "double_blocks.{i}.img_attn.proj": "transformer_blocks.{i}.attn.to_out.0",
+    "double_blocks.{i}.txt_attn.proj": "transformer_blocks.{i}.attn.to_add_out",
+    "double_blocks.{i}.img_attn.norm.query_norm": "transformer_blocks.{i}.attn.norm_q",
+    "double_blocks.{i}.img_attn.norm.key_norm": "transformer_blocks.{i}.attn.norm_k",
+    "double_blocks.{i}.txt_attn.norm.query_norm": "transformer_blocks.{i}.attn.norm_added_q",
+    "double_blocks.{i}.txt_attn.norm.key_norm": "transformer_blocks.{i}.attn.norm_added_k",
+    "double_blocks.{i}.img_mlp.0": "transformer_blocks.{i}.ff.net.0.proj",
+    "double_blocks.{i}.img_mlp.2": "transformer_blocks.{i}.ff.net.2",
+    "double_blocks.{i}.txt_mlp.0": "transformer_blocks.{i}.ff_context.net.0.proj",
+    "double_blocks.{i}.txt_mlp.2": "transformer_blocks.{i}.ff_context.net.2",
+    "single_blocks.{i}.modulation.lin": "single_transformer_blocks.{i}.norm.linear",
+    "single_blocks.{i}.linear1": (
+        *(f"single_transformer_blocks.{{i}}.attn.to_{c}" for c in "qkv"),
+        "single_transformer_blocks.{i}.proj_mlp",
+    ),
+    "single_blocks.{i}.linear2": "single_transformer_blocks.{i}.proj_out",
+    "single_blocks.{i}.norm.query_norm": "single_transformer_blocks.{i}.attn.norm_q",
+    "single_blocks.{i}.norm.key_norm": "single_transformer_blocks.{i}.attn.norm_k",
+}
+
+
+def to_comfy_names(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A state dict in ComfyUI's names and the natural layout; unknown keys are kept as they are."""
+    sd = strip_prefix(sd)
+    if "x_embedder.weight" in sd and "transformer_blocks.0.attn.to_q.weight" in sd:
+        sd = from_diffusers_flux(sd, where)
+    renamed = {re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", key): t for key, t in sd.items()}
+    for key in [k for k in renamed if k.endswith(".comfy_quant")]:
+        untile_layer(renamed, key.removesuffix("comfy_quant"))
+    return renamed
+
+
+def strip_prefix(sd: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of the diffusion model alone: a full checkpoint's text encoders and VAE are left out."""
+    for prefix in PREFIXES:
+        inner = {k.removeprefix(prefix): t for k, t in sd.items() if k.startswith(prefix)}
+        if any("blocks." in k for k in inner):
+            return inner
+    return sd
+
+
+def from_diffusers_flux(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """diffusers' names of a 16-bit FLUX.1; split q, k, v (and mlp) are joined."""
+    out: dict[str, Tensor] = {}
+    used: set[str] = set()
+    blocks = max(int(m[1]) for k in sd if (m := re.match(r"(?:single_)?transformer_blocks\.(\d+)\.", k))) + 1
+    for target, sources in DIFFUSERS_FLUX.items():
+        parts = (sources,) if isinstance(sources, str) else sources
+        for i in range(blocks if "{i}" in target else 1):
+            for end in ("weight", "bias"):
+                keys = [f"{p.replace('{i}', str(i))}.{end}" for p in parts]
+                present = [k for k in keys if k in sd]
+                if not present:
+                    continue
+                if len(present) < len(keys):
+                    missing = next(k for k in keys if k not in sd)
+                    raise SVDQuantError(f"{where}: {missing} is missing. The file is incomplete; download it again.")
+                tensor = sd[keys[0]] if len(keys) == 1 else torch.cat([sd[k] for k in keys])
+                if target == "final_layer.adaLN_modulation.1":  # diffusers stores scale before shift
+                    tensor = torch.cat(tensor.chunk(2)[::-1])
+                out[f"{target.replace('{i}', str(i))}.{end}"] = tensor
+                used.update(keys)
+    return out | {k: t for k, t in sd.items() if k not in used}
+
+
+def untile_layer(sd: dict[str, Tensor], prefix: str) -> None:
+    """comfy-kitchen's tile-packed W4A4 tensors (``kitchen_tile_packed_w4a4``) in place to the natural layout."""
+    weight, scale, up = (sd.get(prefix + name) for name in ("weight", "weight_scale", "proj_up"))
+    if weight is not None and weight.dim() == 4:
+        tiles, groups = weight.shape[0], weight.shape[1]
+        view = weight.view(tiles, groups, TILE_N // INTERLEAVE, INTERLEAVE, HALF_GROUP)
+        sd[prefix + "weight"] = view.permute(0, 2, 3, 1, 4).reshape(tiles * TILE_N, groups * HALF_GROUP)
+        conf = json.loads(bytes(sd[prefix + "comfy_quant"].tolist()))
+        conf.pop("layout", None)
+        sd[prefix + "comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
+    if scale is not None and scale.dim() == 3:
+        sd[prefix + "weight_scale"] = scale.permute(1, 0, 2).reshape(scale.shape[1], -1)
+    if up is not None and up.dim() == 3:
+        sd[prefix + "proj_up"] = up.permute(0, 2, 1).reshape(up.shape[0] * TILE_N, up.shape[1])

@@ -1,0 +1,74 @@
+"""What a number format must say. Shapes: weights ``(N, K)``, activations ``(M, K)``."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+GELU_SHIFT = 0.171875  # GELU(tanh) never goes below -0.17, so x + shift fits an unsigned grid
+
+
+class Format(ABC):
+    """A weight grid, an activation grid and the tensors that hold them on disk."""
+
+    name: str
+    disk_name: str
+    bits: int
+    group: int | None  # columns that share a weight scale; None: the whole row does
+    has_branch: bool = True
+    default_rank: int = 32
+    extra_tensors: tuple[str, ...] = ()  # beside ``weight`` and ``weight_scale``
+
+    def tensor_scale(self, w: Tensor) -> Tensor:
+        """The scale of the whole weight, for formats that have one (float32, no dimensions)."""
+        return torch.ones((), device=w.device)
+
+    @abstractmethod
+    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor) -> Tensor:
+        """Scales ``(N, K/G)`` in float32 of a weight ``(N, K)``, already rounded as they will be stored."""
+
+    @abstractmethod
+    def weight_codes(self, scaled: Tensor) -> Tensor:
+        """Nearest grid value of ``w / scale``, in the input's float dtype."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, tensor_scale: Tensor) -> dict[str, Tensor]:
+        """Grid values ``(N, K)`` and their scales ``(N, K/G)`` as the on-disk tensors."""
+
+    @abstractmethod
+    def unpack(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight ``(N, K)`` in ``dtype`` that on-disk tensors stand for."""
+
+    @abstractmethod
+    def round_activations(self, x: Tensor, scale_dtype: torch.dtype, unsigned: bool = False) -> Tensor:
+        """Quantize and dequantize float32 activations ``(M, K)``; the scale is rounded to ``scale_dtype``.
+
+        The argument is overwritten when that saves memory.
+        """
+
+    @abstractmethod
+    def expected(self, n: int, k: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """Shape and allowed dtypes of every on-disk weight tensor of an ``(n, k)`` linear."""
+
+    def logical_shape(self, weight: Tensor) -> tuple[int, int]:
+        """(N, K) of a stored ``weight``."""
+        return weight.shape[0], weight.shape[1] * (2 if self.bits == 4 else 1)
+
+    def spread(self, scales: Tensor, k: int) -> Tensor:
+        """Scales ``(N, K/G)`` repeated over their columns: ``(N, K)``."""
+        return scales.repeat_interleave(k // scales.shape[1], dim=1)
+
+    def round_weight(self, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Round to nearest: grid values ``(N, K)`` and scales ``(N, K/G)`` of a float32 weight."""
+        scales = self.weight_scales(w, dtype, self.tensor_scale(w))
+        return self.weight_codes(w / self.spread(scales, w.shape[1])), scales
+
+
+def grouped_absmax(x: Tensor, group: int) -> Tensor:
+    """Largest magnitude of every ``group`` columns: ``(M, K)`` to ``(M, K/G)``."""
+    return x.unflatten(-1, (-1, group)).abs().amax(dim=-1)
+
+
+def positive(scales: Tensor) -> Tensor:
+    """Scales with the zeros (all-zero groups, underflow) replaced by one, so that division is safe."""
+    return torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -1,0 +1,60 @@
+"""GPTQ (arXiv 2210.17323): round the residual column by column, each error spread over the columns to come."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .errors import SVDQuantError
+from .formats import Format
+
+BLOCK = 128  # columns whose updates are applied together
+DAMP = 0.01  # share of the mean diagonal that is added to the Hessian
+
+
+def hessian_factor(x: Tensor) -> Tensor:
+    """Upper Cholesky factor ``(K, K)`` of the inverse of ``XᵀX``, ``x (T, K)`` float32.
+
+    Channels that never fire get a unit diagonal, and damping grows until the matrix is positive definite.
+    """
+    h = x.t() @ x
+    diagonal = h.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    damp = DAMP * diagonal.mean()
+    for _ in range(8):
+        diagonal += damp
+        lower, info = torch.linalg.cholesky_ex(h)
+        if info == 0:
+            del h
+            inverse = torch.cholesky_inverse(lower)
+            return torch.linalg.cholesky(inverse, upper=True)
+        damp *= 4
+    raise SVDQuantError("The calibration inputs of this layer hold NaN or infinity: its Hessian has no inverse.")
+
+
+def gptq(weight: Tensor, x: Tensor, fmt: Format, dtype: torch.dtype, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """Codes ``(N, K)`` and scales ``(N, K/G)`` that keep ``weight xᵀ``; ``weight (N, K)``, ``x (T, K)`` float32.
+
+    ``check`` is called once per block so that an interrupt takes effect at once.
+    """
+    w = weight.clone()
+    k = w.shape[1]
+    group = fmt.group or k
+    factor = hessian_factor(x)
+    tensor_scale = fmt.tensor_scale(w)
+    codes = torch.empty_like(w)
+    scales = w.new_empty(w.shape[0], k // group)
+    for start in range(0, k, BLOCK):
+        check()
+        stop = min(start + BLOCK, k)
+        errors = w.new_empty(w.shape[0], stop - start)
+        for i in range(start, stop):
+            if i % group == 0:
+                scales[:, i // group] = fmt.weight_scales(w[:, i : i + group], dtype, tensor_scale)[:, 0]
+            scale = scales[:, i // group]
+            codes[:, i] = fmt.weight_codes(w[:, i] / scale)
+            error = (w[:, i] - codes[:, i] * scale) / factor[i, i]
+            w[:, i:stop] -= error.unsqueeze(1) * factor[i, i:stop]
+            errors[:, i - start] = error
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return codes, scales
