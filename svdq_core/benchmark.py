@@ -18,7 +18,9 @@ def bench(device: torch.device, tokens: int | None) -> None:
     m = tokens or (4608 if gpu else 256)
     dtype = torch.bfloat16 if gpu else torch.float32
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}; M = {m}; {str(dtype).removeprefix('torch.')}; implementation: plain torch")
+    print(
+        f"{name}; torch {torch.__version__}; M = {m}; {str(dtype).removeprefix('torch.')}; implementation: plain torch"
+    )
     print(f"{'K':>6} {'N':>6} {'16 bit':>10} {'4 bit':>10} {'speed-up':>9}")
     for k, n in FLUX_SHAPES:
         plain, quantized = linears(m, k, n, dtype, device)

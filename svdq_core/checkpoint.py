@@ -214,7 +214,8 @@ def stream_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor; no copy for a contiguous one on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def quantization_metadata(layers: Mapping[str, QuantizedLinear], info: dict[str, Any]) -> dict[str, str]:

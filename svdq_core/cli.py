@@ -85,7 +85,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     print(report.summary())
 
 
-def bar_writer(bar: tqdm) -> Callable[[Event], None]:  # type: ignore[type-arg]
+def bar_writer(bar: tqdm) -> Callable[[Event], None]:
     """Shows events on a progress bar."""
 
     def show(event: Event) -> None:

@@ -27,12 +27,15 @@ def hessian_factor(x: Tensor) -> Tensor:
         if info == 0:
             del h
             inverse = torch.cholesky_inverse(lower)
+            del lower  # a K x K matrix is the largest thing there is: 900 MB for FLUX's linear2
             return torch.linalg.cholesky(inverse, upper=True)
         damp *= 4
     raise SVDQuantError("The calibration inputs of this layer hold NaN or infinity: its Hessian has no inverse.")
 
 
-def gptq(weight: Tensor, x: Tensor, fmt: Format, dtype: torch.dtype, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+def gptq(
+    weight: Tensor, x: Tensor, fmt: Format, dtype: torch.dtype, check: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
     """Codes ``(N, K)`` and scales ``(N, K/G)`` that keep ``weight xᵀ``; ``weight (N, K)``, ``x (T, K)`` float32.
 
     ``check`` is called once per block so that an interrupt takes effect at once.

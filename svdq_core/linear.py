@@ -132,7 +132,7 @@ class QuantizedLinear:
             known = ", ".join(f.disk_name for f in FORMATS.values())
             raise SVDQuantError(f"{prefix}comfy_quant: format '{conf.get('format')}' is not one of {known}.")
         tensors = {name: sd.get(prefix + name) for name in ("weight", "weight_scale", *fmt.extra_tensors)}
-        branch = {name: sd.get(prefix + name) for name in ("smooth_factor", "proj_down", "proj_up")}
+        branch: dict[str, Any] = {name: sd.get(prefix + name) for name in ("smooth_factor", "proj_down", "proj_up")}
         check_layer(prefix, fmt, tensors, branch if fmt.has_branch else {}, sd.get(prefix + "bias"))
         return cls(
             fmt=fmt,

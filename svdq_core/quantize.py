@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,8 +126,8 @@ class Report:
         worst = max(self.layers, key=lambda layer: layer["error_db"])
         kept = f", {self.resumed} of them kept from an earlier run" if self.resumed else ""
         return (
-            f"{self.path.name}: {self.bytes / 2**20:.1f} MiB, {self.bytes_16bit / max(1, self.bytes):.2f}× smaller than "
-            f"16 bit ({self.bytes_16bit / 2**20:.1f} MiB)\n"
+            f"{self.path.name}: {self.bytes / 2**20:.1f} MiB, "
+            f"{self.bytes_16bit / max(1, self.bytes):.2f}× smaller than 16 bit ({self.bytes_16bit / 2**20:.1f} MiB)\n"
             f"{len(self.layers)} layers in {self.seconds:.0f} s{kept}\n"
             f"mean layer error {self.mean_error_db:.1f} dB, worst {worst['error_db']:.1f} dB in {worst['name']}"
         )
@@ -212,7 +212,9 @@ def product(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def fits(group: LayerGroup, weights: dict[str, tuple[int, ...]], fmt: Format, on_event: Callable[[Event], None]) -> bool:
+def fits(
+    group: LayerGroup, weights: Mapping[str, tuple[int, ...]], fmt: Format, on_event: Callable[[Event], None]
+) -> bool:
     """Whether the format's groups divide the layer's input; a layer that does not fit stays 16 bit and says so."""
     size = get_format("awq").group if group.kind == W4A16 else fmt.group
     k = weights[group.names[0]][1]

@@ -132,9 +132,7 @@ def try_candidate(
         candidate.branches.append((up, down))
 
 
-def stored_branch(
-    smoothed: Tensor, smooth: Tensor, rank: int, dtype: torch.dtype, seed: int
-) -> tuple[Tensor, Tensor]:
+def stored_branch(smoothed: Tensor, smooth: Tensor, rank: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
     """``proj_up (N, R)`` and ``proj_down (K, R)`` (raw-input basis) in float32, rounded as ``dtype`` stores them.
 
     The residual is taken against these rounded factors, so rounding the branch costs nothing.

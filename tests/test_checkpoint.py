@@ -11,8 +11,9 @@ from comfyui_svdquant.svdq_core.checkpoint import DTYPES, describe_file, write_c
 from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_FLUX
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.quantize import FileSource, Job, quantize
-from models import random_flux
 from safetensors.torch import load_file, save_file
+
+from models import random_flux
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,10 @@ def replace(key, tensor):
         (replace(f"{LAYER}.smooth_factor", torch.ones(128, dtype=torch.int32)), "smooth_factor: .*found .* of int32"),
         (replace(f"{LAYER}.bias", torch.ones(7)), rf"{LAYER}.bias: expected shape \(384,\)"),
         (replace(f"{LAYER}.comfy_quant", torch.tensor([1, 2], dtype=torch.uint8)), "comfy_quant is not JSON"),
-        (lambda t: [t.pop(k) for k in list(t) if k.startswith("double_blocks.0.txt_mlp.0")], "txt_mlp.0.weight is missing"),
+        (
+            lambda t: [t.pop(k) for k in list(t) if k.startswith("double_blocks.0.txt_mlp.0")],
+            "txt_mlp.0.weight is missing",
+        ),
     ],
 )
 def test_bad_tensors_are_named(quantized_file, tmp_path, change, message):
@@ -220,7 +224,11 @@ def test_files_that_are_no_safetensors(tmp_path, quantized_file):
     ("tensors", "kind", "hint"),
     [
         (random_flux(), "diffusion_model", "Load Diffusion Model"),
-        ({f"model.diffusion_model.{k}": t for k, t in random_flux().items()}, "diffusion_model", "Load Diffusion Model"),
+        (
+            {f"model.diffusion_model.{k}": t for k, t in random_flux().items()},
+            "diffusion_model",
+            "Load Diffusion Model",
+        ),
         ({"cond_stage_model.x": torch.ones(1)}, "checkpoint", "Load Checkpoint"),
         ({"lora_unet_double_blocks_0.lora_up.weight": torch.ones(1)}, "lora", "Load LoRA"),
         ({"decoder.conv_in.weight": torch.ones(1)}, "vae", "Load VAE"),

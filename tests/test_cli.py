@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from models import activations, random_flux
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from models import activations, random_flux
 
 
 def svdquant(*arguments):

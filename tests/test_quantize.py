@@ -13,8 +13,9 @@ from comfyui_svdquant import svdq_core
 from comfyui_svdquant.svdq_core.calibration import Samples
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.quantize import FileSource, Job, parts_folder, quantize
-from models import activations, random_flux
 from safetensors.torch import save_file
+
+from models import activations, random_flux
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,9 @@ def test_events_and_report(files, tmp_path):
     assert solved[0]["name"].startswith("double_blocks.0") and solved[-1]["name"].startswith("single_blocks.1")
     for event in solved:
         assert event["eta"] >= 0 and event["bytes"] > 0 and event["error_db"] < -5
-        assert (event["rank"], event["format"]) == ((0, "awq_w4a16") if "mod" in event["name"] else (32, "svdquant_w4a4"))
+        assert (event["rank"], event["format"]) == (
+            (0, "awq_w4a16") if "mod" in event["name"] else (32, "svdquant_w4a4")
+        )
     assert solved[-1]["eta"] == 0 and events[-1]["stage"] == "write"
     size = (tmp_path / "a.safetensors").stat().st_size
     assert report.bytes == size and f"{report.bytes_16bit / size:.2f}×" in report.summary()
@@ -133,7 +136,9 @@ def test_quantized_layers_load_and_fit_the_model(files, tmp_path):
         x, w = samples.tokens[name].float(), original[f"{name}.weight"].float()
         exact = x @ w.t()
         error = layer(x) - exact - original[f"{name}.bias"].float()
-        assert 10 * torch.log10(error.square().sum() / exact.square().sum()) == pytest.approx(record["error_db"], abs=0.05)
+        assert 10 * torch.log10(error.square().sum() / exact.square().sum()) == pytest.approx(
+            record["error_db"], abs=0.05
+        )
     for key in ("img_in.weight", "final_layer.linear.bias", "vector_in.in_layer.weight"):
         assert torch.equal(sd[key], original[key])
 
@@ -179,7 +184,11 @@ def test_incomplete_and_wrong_inputs(files, tmp_path):
     save_file({"x": torch.ones(4, dtype=torch.int32)}, tmp_path / "c.safetensors")
     with pytest.raises(SVDQuantError, match="float matrix"):
         Samples.load(tmp_path / "c.safetensors")
-    for job, message in ((Job(preset="ultra"), "Unknown preset"), (Job(rank=-1), "rank must be"), (Job(fmt="x"), "format")):
+    for job, message in (
+        (Job(preset="ultra"), "Unknown preset"),
+        (Job(rank=-1), "rank must be"),
+        (Job(fmt="x"), "format"),
+    ):
         with pytest.raises(SVDQuantError, match=message):
             quantize(FileSource(files[0]), None, tmp_path / "q.safetensors", job)
 
@@ -189,7 +198,13 @@ def test_a_layer_that_does_not_fit_stays_16_bit_and_says_so(tmp_path):
     sd["double_blocks.0.img_mlp.2.weight"] = torch.randn(128, 500).bfloat16()
     save_file(sd, tmp_path / "m.safetensors")
     events = []
-    quantize(FileSource(tmp_path / "m.safetensors"), None, tmp_path / "q.safetensors", Job(preset="naive"), on_event=events.append)
+    quantize(
+        FileSource(tmp_path / "m.safetensors"),
+        None,
+        tmp_path / "q.safetensors",
+        Job(preset="naive"),
+        on_event=events.append,
+    )
     skipped = [e for e in events if e["stage"] == "skip"]
     assert [e["name"] for e in skipped] == ["double_blocks.0.img_mlp.2"] and "500" in skipped[0]["reason"]
 

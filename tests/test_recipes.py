@@ -3,6 +3,7 @@
 import pytest
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.recipes import FLUX, W4A4, W4A16, Recipe, Rule, find_recipe, plan
+
 from models import random_flux
 
 
@@ -34,8 +35,8 @@ def test_blocks_come_in_the_models_order():
 
 
 def test_linears_that_share_an_input_are_grouped():
-    recipe = Recipe("split", "Split", ("blocks.0.to_q.weight",), (), tuple(
-        Rule(f"blocks.{{i}}.to_{c}", shares="qkv") for c in "qkv") + (Rule("blocks.{i}.out"),))  # fmt: skip
+    qkv = [Rule(f"blocks.{{i}}.to_{c}", shares="qkv") for c in "qkv"]
+    recipe = Recipe("split", "Split", ("blocks.0.to_q.weight",), (), (*qkv, Rule("blocks.{i}.out")))
     layers = {f"blocks.{i}.{n}": (8, 64) for i in range(2) for n in ("to_q", "to_k", "to_v", "out")}
     groups = plan(recipe, layers, "m")
     assert sorted(len(g.names) for g in groups) == [1, 1, 3, 3]

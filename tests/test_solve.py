@@ -95,7 +95,7 @@ def test_gptq_beats_rounding_on_correlated_inputs():
 
 def test_gptq_with_one_column_of_error_matches_the_closed_form():
     """After column 0 is rounded, the others must be the exact least-squares response to its error."""
-    w, x, _ = problem(outliers=False)
+    _, x, _ = problem(outliers=False)
     h = (x.t() @ x).double()
     h += torch.eye(K) * 0.01 * h.diagonal().mean()
     factor = hessian_factor(x).double()

@@ -1,0 +1,178 @@
+"""`make demo`: a real ComfyUI quantizes the demo model through the shipped workflow, loads it and makes pictures.
+
+Leaves `out/demo/sheet.png` (16 bit | naive W4A4 | SVDQuant W4A4, same prompts and seeds, for the model as it
+is and for the variant with large outliers) and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(HERE))
+
+from outliers import add_outliers_to_file  # noqa: E402
+
+from host.server import ComfyServer  # noqa: E402
+from host.workflow import to_prompt  # noqa: E402
+
+PROMPTS = (
+    "large red star on blue",
+    "small yellow circle on purple",
+    "large green heart on white",
+    "large white flower on green",
+    "small blue triangle on yellow",
+    "large pink ring on black",
+)
+CALIBRATION = "\n".join(
+    f"{size} {colour} {shape} on {ground}"
+    for size, colour, shape, ground in (
+        ("large", "red", "circle", "white"),
+        ("small", "green", "star", "black"),
+        ("large", "blue", "heart", "yellow"),
+        ("small", "white", "square", "red"),
+        ("large", "purple", "triangle", "green"),
+        ("small", "yellow", "moon", "blue"),
+        ("large", "pink", "cross", "white"),
+        ("small", "red", "diamond", "green"),
+        ("large", "yellow", "flower", "purple"),
+        ("small", "blue", "ring", "pink"),
+        ("large", "black", "star", "yellow"),
+        ("small", "purple", "heart", "white"),
+    )
+)
+STEPS, CFG, SIZE = 20, 2.0, 128
+
+
+def load_workflow(server: ComfyServer, name: str) -> dict[str, dict]:
+    """A shipped workflow as a prompt, with the demo's text encoder and VAE where FLUX's would be."""
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))
+    prompt = to_prompt(workflow, server.get("/object_info"))
+    for node in prompt.values():
+        replacement = {"DualCLIPLoader": "DemoTextEncoderLoader", "VAELoader": "DemoVAELoader"}.get(node["class_type"])
+        if replacement:
+            node.update(class_type=replacement, inputs={})
+    return prompt
+
+
+def change(prompt: dict[str, dict], class_type: str, **inputs: object) -> None:
+    """Set widget values of all nodes of a type."""
+    for node in prompt.values():
+        if node["class_type"] == class_type:
+            node["inputs"].update(inputs)
+
+
+def set_picture(prompt: dict[str, dict], text: str, seed: int) -> None:
+    """Fill in what is asked for; the negative prompt stays empty."""
+    change(prompt, "EmptySD3LatentImage", width=SIZE, height=SIZE)
+    change(prompt, "KSampler", steps=STEPS, cfg=CFG, seed=seed)
+    positive = next(n["inputs"]["conditioning"][0] for n in prompt.values() if n["class_type"] == "FluxGuidance")
+    prompt[positive]["inputs"]["text"] = text
+
+
+def quantize(server: ComfyServer, model: str, preset: str) -> str:
+    """Run the shipped quantize workflow; it also loads the new file and makes a first picture."""
+    prompt = load_workflow(server, "quantize")
+    name = f"{model}_{preset}"
+    change(prompt, "UNETLoader", unet_name=f"{model}.safetensors")
+    change(prompt, "SVDQuantPrompts", prompts=CALIBRATION)
+    change(prompt, "SVDQuantQuantize", file_name=name, preset=preset, size=SIZE, steps=8)
+    set_picture(prompt, PROMPTS[0], seed=1)
+    history = server.run(prompt, timeout=600)
+    texts = [t for out in history["outputs"].values() for t in out.get("text", ())]
+    print("\n".join(f"    {line}" for text in texts for line in text.splitlines()), flush=True)
+    return f"{name}.safetensors"
+
+
+def pictures(server: ComfyServer, file: str, quantized: bool) -> list[np.ndarray]:
+    """One picture per prompt, float (H, W, 3) in 0...1."""
+    out = []
+    for seed, text in enumerate(PROMPTS, start=1):
+        prompt = load_workflow(server, "text_to_image")
+        set_picture(prompt, text, seed)
+        change(prompt, "SVDQuantLoader", unet_name=file)
+        if not quantized:
+            loader = next(n for n in prompt.values() if n["class_type"] == "SVDQuantLoader")
+            loader.update(class_type="UNETLoader", inputs={"unet_name": file, "weight_dtype": "default"})
+        history = server.run(prompt, timeout=300)
+        out.append(np.asarray(Image.open(server.images(history)[0]).convert("RGB"), np.float32) / 255)
+    return out
+
+
+def psnr(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """Mean over the pictures of the peak signal-to-noise ratio in dB."""
+    values = [10 * math.log10(1 / max(float(np.mean((x - y) ** 2)), 1e-10)) for x, y in zip(a, b)]
+    return sum(values) / len(values)
+
+
+def sheet(rows: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
+    """Rows of pictures with a caption each."""
+    zoom, left, top = SIZE * 3 // 2, 250, 40
+    image = Image.new("RGB", (left + len(PROMPTS) * (zoom + 8), top + len(rows) * (zoom + 8)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(18)
+    small = ImageFont.load_default(13)
+    for column, text in enumerate(PROMPTS):
+        draw.text((left + column * (zoom + 8), 12), text.replace(" on ", "\non "), "black", small)
+    for row, (caption, cells) in enumerate(rows):
+        y = top + row * (zoom + 8)
+        draw.multiline_text((12, y + 60), caption, "black", font, spacing=6)
+        for column, cell in enumerate(cells):
+            tile = Image.fromarray((cell * 255).round().astype(np.uint8)).resize((zoom, zoom), Image.BICUBIC)
+            image.paste(tile, (left + column * (zoom + 8), y))
+    return image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with ComfyServer(packs=[HERE / "comfy_nodes"], base=out / "comfyui") as server:
+        models = server.base / "models" / "diffusion_models"
+        models.mkdir(parents=True, exist_ok=True)
+        server.add_model(HERE / "models" / "demo_flux.safetensors")
+        add_outliers_to_file(HERE / "models" / "demo_flux.safetensors", models / "demo_flux_hard.safetensors")
+        print(f"ComfyUI answers at {server.url} ({time.monotonic() - started:.0f} s)", flush=True)
+        rows, table = [], []
+        for model, label in (("demo_flux", "as trained"), ("demo_flux_hard", "with outliers")):
+            exact = pictures(server, f"{model}.safetensors", quantized=False)
+            size = (models / f"{model}.safetensors").stat().st_size
+            rows.append((f"{label}\n16 bit", exact))
+            for preset, title in (("naive", "naive W4A4"), ("balanced", "SVDQuant W4A4")):
+                print(f"{model}, {title}:", flush=True)
+                file = quantize(server, model, preset)
+                made = pictures(server, file, quantized=True)
+                info = server_info(models / file)
+                quality = psnr(exact, made)
+                rows.append((f"{label}\n{title}\n{quality:.1f} dB PSNR", made))
+                table.append((label, title, size / (models / file).stat().st_size, quality, info))
+    sheet(rows).save(out / "sheet.png")
+    print(f"\n{'model':14} {'quantization':15} {'size ratio':>10} {'PSNR':>9} {'mean layer error':>17}")
+    for label, title, ratio, quality, error in table:
+        print(f"{label:14} {title:15} {ratio:9.2f}x {quality:6.1f} dB {error:14.1f} dB")
+    print(f"\nPictures: {out / 'sheet.png'}   ({time.monotonic() - started:.0f} s)")
+
+
+def server_info(path: Path) -> float:
+    """Mean layer error in dB, from the file's metadata."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        layers = json.loads(file.metadata()["svdquant"])["layers"].values()
+    errors = [layer["error_db"] for layer in layers if layer["kind"] == "w4a4"]
+    return sum(errors) / len(errors)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""The nodes. ComfyUI must be running: the package's own `__init__` imports this from the entry point."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loader import SVDQuantLoader
+from .prompts import SVDQuantPrompts
+from .quantize import SVDQuantQuantize
+
+NODES: list[type[io.ComfyNode]] = [SVDQuantLoader, SVDQuantPrompts, SVDQuantQuantize]
+
+
+class SVDQuantExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,89 @@
+"""Calibration: ComfyUI's own sampler runs the user's model on the user's prompts while we watch its linears."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ..calibration import DEFAULT_RAM_LIMIT, ActivationCollector, Samples, tokens_within
+from ..quantize import Event
+from .model import ModelSource
+
+Conditioning = list[list[Any]]  # ComfyUI's: [[context (1, L, C), {"pooled_output": ..., ...}], ...]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How long to watch. ``size`` in pixels (square), ``ram_limit`` in bytes for all token reservoirs."""
+
+    steps: int = 8
+    size: int = 512
+    seed: int = 0
+    ram_limit: int = DEFAULT_RAM_LIMIT
+
+    def describe(self, prompts: int) -> dict[str, Any]:
+        """For the file's metadata."""
+        return {"kind": "sampled", "prompts": prompts, "sampler": "euler", "scheduler": "simple", **asdict(self)}
+
+
+def calibrate(
+    source: ModelSource,
+    prompts: list[Conditioning],
+    settings: CalibrationSettings,
+    on_event: Callable[[Event], None],
+) -> Samples:
+    """Sample every prompt once (Euler, CFG 1) and return what the linears saw.
+
+    ComfyUI's sampler raises its own interrupt exception; hooks are removed whatever happens.
+    """
+    model = source.model
+    names = [group.names[0] for group in source.groups()]
+    shapes = source.shapes()
+    tokens = tokens_within(settings.ram_limit, [shapes[f"{n}.weight"][1] for n in names])
+    empty = torch.zeros(
+        1, 4, settings.size // 8, settings.size // 8, device=comfy.model_management.intermediate_device()
+    )
+    latent = comfy.sample.fix_empty_latent_channels(model, empty)
+    total = len(prompts) * settings.steps
+    started = time.monotonic()
+    with ActivationCollector(source.modules(names), tokens, total, settings.seed) as collector:
+        for i, prompt in enumerate(prompts):
+
+            def step_done(step: int, denoised: Tensor, x: Tensor, steps: int, i: int = i) -> None:
+                done = i * settings.steps + step + 1
+                eta = (time.monotonic() - started) * (total - done) / done
+                on_event(
+                    {"stage": "calibrate", "prompt": i + 1, "prompts": len(prompts), "step": step + 1, "steps": steps}
+                    | {"index": done, "total": total, "eta": eta}
+                )
+
+            noise = comfy.sample.prepare_noise(latent, settings.seed + i)
+            comfy.sample.sample(
+                model,
+                noise,
+                settings.steps,
+                1.0,
+                "euler",
+                "simple",
+                prompt,
+                prompt,
+                latent,
+                callback=step_done,
+                disable_pbar=True,
+                seed=settings.seed + i,
+            )
+    return collector.samples()
+
+
+def blank_conditioning(source: ModelSource, seed: int) -> Conditioning:
+    """Stands in for a text encoder that is not connected: tokens of unit size, as random as the seed."""
+    params = source.model.model.diffusion_model.params
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randn(1, 64, params.context_in_dim, generator=generator)
+    pooled = torch.randn(1, params.vec_in_dim or 1, generator=generator)
+    return [[context, {"pooled_output": pooled}]]

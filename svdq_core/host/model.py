@@ -1,0 +1,108 @@
+"""A loaded ComfyUI MODEL as the quantizer's source: weights one by one, patches baked in."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher, get_key_weight
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+
+from ..checkpoint import tensor_bytes
+from ..errors import SVDQuantError
+from ..recipes import LayerGroup, find_recipe, plan
+
+PREFIX = "diffusion_model."
+SAMPLED_VALUES = 64  # per tensor, for a fingerprint that does not read the whole model
+
+
+class ModelSource:
+    """The diffusion model of a MODEL; every tensor with its LoRAs and merges applied, in 16 bit on the CPU.
+
+    Raises :class:`SVDQuantError` for a MODEL that is an SVDQuant one already.
+    """
+
+    def __init__(self, model: ModelPatcher) -> None:
+        self.model = model
+        self.name = f"this model ({type(model.model).__name__})"
+        self.parameters = dict(model.model.diffusion_model.named_parameters())
+        for key, parameter in self.parameters.items():
+            if isinstance(parameter, QuantizedTensor) and parameter._layout_cls == "SVDQuantLayout":
+                raise SVDQuantError(
+                    f"{key}: this MODEL is in 4 bit already. Connect the 16-bit model it was made from."
+                )
+        self.origin: dict[str, Any] = {"model": type(model.model).__name__, "patched_weights": len(model.patches)}
+        if path := file_of(model):
+            self.origin["file"] = path.name
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {k: tuple(p.shape) for k, p in self.parameters.items()}
+
+    def tensor(self, key: str) -> Tensor:
+        full = PREFIX + key
+        backup = self.model.backup.get(full)
+        weight, _, convert = get_key_weight(self.model.model, full)
+        weight = backup.weight if backup is not None else weight  # loaded models are patched in place
+        if convert is not None:
+            weight = convert(weight)
+        if isinstance(weight, QuantizedTensor):
+            weight = weight.dequantize()
+        weight = weight.detach().cpu()
+        patches = self.model.patches.get(full)
+        if not patches:
+            return weight
+        wanted = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+        device = comfy.model_management.get_torch_device()
+        patched = comfy.lora.calculate_weight(patches, weight.to(device, torch.float32, copy=True), full)
+        return patched.to("cpu", wanted)
+
+    def groups(self) -> list[LayerGroup]:
+        """The recipe's groups for this model."""
+        shapes = self.shapes()
+        recipe = find_recipe(shapes, self.name)
+        weights = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 2}
+        return plan(recipe, weights, self.name)
+
+    def modules(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        """The linears themselves."""
+        return {name: self.model.model.diffusion_model.get_submodule(name) for name in names}
+
+    def fingerprint(self) -> bytes:
+        """Tells models and their patches apart by a sample of every tensor (the whole would take a minute)."""
+        digest = hashlib.sha256()
+        for key, parameter in self.parameters.items():
+            full = PREFIX + key
+            backup = self.model.backup.get(full)
+            raw = backup.weight if backup is not None else parameter
+            digest.update(repr((key, tuple(raw.shape))).encode())
+            hash_nested(raw, digest.update)
+            hash_nested(self.model.patches.get(full, []), digest.update)
+        return digest.digest()
+
+
+def hash_nested(value: Any, update: Callable[[bytes], Any]) -> None:
+    """Feed a sample of every tensor inside a patch (tuples, lists, adapters) to a hash."""
+    if isinstance(value, QuantizedTensor):
+        value = value._qdata
+    if isinstance(value, Tensor):
+        flat = value.detach().reshape(-1)
+        picks = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED_VALUES, flat.numel()), device=flat.device)
+        update(bytes(tensor_bytes(flat[picks.long()])))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            hash_nested(item, update)
+    elif hasattr(value, "weights"):  # comfy.weight_adapter objects
+        hash_nested(value.weights, update)
+    elif not callable(value):
+        update(repr(value).encode())
+
+
+def file_of(model: ModelPatcher) -> Path | None:
+    """The file a MODEL was loaded from, as far as ComfyUI remembers it."""
+    arguments = (model.cached_patcher_init or (None, ()))[1]
+    candidates = [Path(a) for a in arguments if isinstance(a, str)]
+    return next((path for path in candidates if path.is_file()), None)
