@@ -1,10 +1,11 @@
 """Files: read any dialect into ComfyUI's key names, say what a file is, write atomically. safetensors only."""
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +217,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor; no copy for a contiguous one on the CPU."""
     array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def file_sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file in hex, read in blocks; ``check`` may raise to interrupt (24 GB take half a minute)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            check()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def quantization_metadata(layers: Mapping[str, QuantizedLinear], info: dict[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .benchmark import bench
 from .calibration import Samples
-from .checkpoint import FileInfo, describe_file
+from .checkpoint import FileInfo, describe_file, file_sha256
 from .errors import SVDQuantError
 from .formats import BRANCH_FORMATS
 from .quantize import Event, FileSource, Job, quantize
@@ -97,17 +97,6 @@ def bar_writer(bar: tqdm) -> Callable[[Event], None]:
             bar.write(f"{event['name']} stays 16 bit: {event['reason']}")
 
     return show
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:

@@ -268,16 +268,25 @@ def solve_group(
     kept = read_part(part, group)
     if kept is not None:
         return kept, len(kept)
-    solved = solve_shared_input(
-        [w.to(device) for w in weights],
-        None if x is None else x.to(device),
-        [None if b is None else b.to(device) for b in biases],
-        fmt,
-        settings,
-        group.after_gelu,
-        check,
-        absmax,
-    )
+    try:
+        solved = solve_shared_input(
+            [w.to(device) for w in weights],
+            None if x is None else x.to(device),
+            [None if b is None else b.to(device) for b in biases],
+            fmt,
+            settings,
+            group.after_gelu,
+            check,
+            absmax,
+        )
+    except SVDQuantError as error:
+        raise SVDQuantError(f"{source.name}: {group.names[0]}: {error}") from None
+    except torch.OutOfMemoryError:
+        raise SVDQuantError(
+            f"{source.name}: the GPU's memory ran out while solving {group.names[0]} {tuple(weights[0].shape)}. Close "
+            "other programs that use the GPU, or lower ram_limit_gb (fewer tokens), and run again: the layers solved "
+            "so far are kept."
+        ) from None
     tensors = {k: t for n, layer in zip(group.names, solved, strict=True) for k, t in layer.state_dict(n).items()}
     write_checkpoint(part, tensors, {n: json.dumps(q.info) for n, q in zip(group.names, solved, strict=True)})
     return read_part(part, group) or solved, 0  # read back, so that memory holds no more than one group

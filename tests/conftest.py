@@ -45,6 +45,7 @@ def server(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     server = ComfyServer(
         packs=[DEMO / "comfy_nodes", ROOT / "tests" / "host" / "nodes"],
         base=tmp_path_factory.mktemp("server"),
+        env={"OMP_NUM_THREADS": "1"},  # the models are too small to share, and waiting threads starve a busy CPU
     )
     for model in (DEMO / "models").glob("demo_flux*.safetensors"):
         server.add_model(model)
@@ -55,11 +56,16 @@ def server(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def small_flux_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small untrained FLUX as files: 16 bit (and another one), and quantized to each format."""
+    import torch
+
     import small_flux
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # its layers are too small to share
     folder, sd = tmp_path_factory.mktemp("small_flux"), small_flux.state_dict(double=2, single=2)
     files = {"bf16": small_flux.write(folder / "bf16.safetensors", sd, {})}
     files["other"] = small_flux.write(folder / "other.safetensors", small_flux.state_dict(2, 2, seed=9), {})
     for fmt in ("int4", "nvfp4", "int8"):
         files[fmt] = small_flux.write(folder / f"{fmt}.safetensors", sd, small_flux.quantize(sd, fmt))
+    torch.set_num_threads(threads)
     return files

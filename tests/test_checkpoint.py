@@ -13,7 +13,7 @@ from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.quantize import FileSource, Job, quantize
 from safetensors.torch import load_file, save_file
 
-from models import random_flux
+from small_flux import random_flux
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from models import activations, random_flux
+from small_flux import activations, random_flux
 
 
 def svdquant(*arguments):

@@ -15,7 +15,7 @@ from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.quantize import FileSource, Job, parts_folder, quantize
 from safetensors.torch import save_file
 
-from models import activations, random_flux
+from small_flux import activations, random_flux
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +207,21 @@ def test_a_layer_that_does_not_fit_stays_16_bit_and_says_so(tmp_path):
     )
     skipped = [e for e in events if e["stage"] == "skip"]
     assert [e["name"] for e in skipped] == ["double_blocks.0.img_mlp.2"] and "500" in skipped[0]["reason"]
+
+
+def test_a_broken_layer_is_named(files, tmp_path, monkeypatch):
+    sd = random_flux()
+    sd["double_blocks.0.txt_attn.proj.weight"][3, 3] = float("nan")
+    save_file(sd, tmp_path / "m.safetensors")
+    with pytest.raises(SVDQuantError, match=r"m.safetensors: double_blocks.0.txt_attn.proj: The weight holds NaN"):
+        quantize(FileSource(tmp_path / "m.safetensors"), None, tmp_path / "q.safetensors", Job(preset="naive"))
+
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("comfyui_svdquant.svdq_core.quantize.solve_shared_input", no_memory)
+    with pytest.raises(SVDQuantError, match=r"memory ran out while solving double_blocks.0.\S+ \(.*kept"):
+        run(files, tmp_path / "q.safetensors")
 
 
 PEAK = """

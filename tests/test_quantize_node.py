@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import DEMO
 from host.server import ComfyServer, PromptError
-from models import random_flux
+from small_flux import random_flux
 
 LORA_KEY = "double_blocks.0.img_attn.qkv"
 

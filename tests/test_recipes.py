@@ -4,7 +4,7 @@ import pytest
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.recipes import FLUX, W4A4, W4A16, Recipe, Rule, find_recipe, plan
 
-from models import random_flux
+from small_flux import random_flux
 
 
 def shapes(sd):

@@ -1,6 +1,7 @@
-"""A tiny convolutional autoencoder with the geometry of FLUX's: 8x smaller, 16 channels.
+"""A tiny autoencoder with the geometry of FLUX's: 8x smaller, 16 channels.
 
-Every convolution runs at latent resolution, so it costs little on a CPU.
+The encoder is linear, the principal components of patches of pixels; the decoder is learned. Every convolution
+runs at latent resolution, so it costs little on a CPU.
 """
 
 from __future__ import annotations
@@ -53,28 +54,35 @@ class Autoencoder(nn.Module):
     def __init__(self, width: int = 128):
         super().__init__()
         self.encoder = nn.Sequential(nn.PixelUnshuffle(FACTOR), nn.Conv2d(PIXELS, CHANNELS, 1))
-        # Zero mean and unit variance per channel, from running statistics once trained.
-        self.normalise = nn.BatchNorm2d(CHANNELS, affine=False, momentum=0.02)
         self.decoder = Decoder(width)
 
     @torch.no_grad()
-    def start_from_components(self, pictures: Tensor) -> None:
-        """Start at the best linear autoencoder, the principal components of 8x8 patches of (N, 3, H, W)."""
+    def fit_components(self, pictures: Tensor) -> None:
+        """Set the encoder, and the decoder's linear part, from the 8x8 patches of pictures (N, 3, H, W)."""
         patches = F.pixel_unshuffle(pictures * 2 - 1, FACTOR).movedim(1, -1).flatten(0, 2)
         mean = patches.mean(dim=0)
         covariance = (patches - mean).T @ (patches - mean) / len(patches)
-        variance, vectors = torch.linalg.eigh(covariance)
-        variance, vectors = variance[-CHANNELS:], vectors[:, -CHANNELS:]
-        self.encoder[1].weight.copy_((vectors / variance.sqrt()).T[:, :, None, None])
-        self.encoder[1].bias.copy_(-(mean @ vectors) / variance.sqrt())
-        self.decoder.linear.weight.copy_((vectors * variance.sqrt())[:, :, None, None])
+        variance, vectors = (part[..., -CHANNELS:] for part in torch.linalg.eigh(covariance))
+        # Colours stay stronger than fine detail, as in any picture, so that sampling goes from coarse to fine;
+        # taking all components to equal strength made outlines fall apart.
+        strength = variance**0.25
+        strength /= strength.square().mean().sqrt()
+        # An orthogonal mix (Hadamard) of the components has the same variance in every channel: one.
+        mix = torch.ones(1, 1)
+        for _ in range(CHANNELS.bit_length() - 1):
+            mix = torch.kron(mix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5)
+        encode = mix @ (vectors * strength / variance.sqrt()).T
+        decode = (vectors * variance.sqrt() / strength) @ mix.T
+        self.encoder[1].weight.copy_(encode[:, :, None, None])
+        self.encoder[1].bias.copy_(-encode @ mean)
+        self.decoder.linear.weight.copy_(decode[:, :, None, None])
         self.decoder.linear.bias.copy_(mean)
         nn.init.zeros_(self.decoder.correction[-1].weight)
         nn.init.zeros_(self.decoder.correction[-1].bias)
 
     def encode_normalised(self, pictures: Tensor) -> Tensor:
         """What the diffusion model is trained on: latents after FLUX's process_in."""
-        return self.normalise(self.encoder(pictures * 2 - 1))
+        return self.encoder(pictures * 2 - 1)
 
     def decode_normalised(self, latents: Tensor) -> Tensor:
         return self.decoder(latents) * 0.5 + 0.5

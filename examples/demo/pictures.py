@@ -2,7 +2,7 @@
 
 The grammar is ``[size] colour shape on colour [top|bottom] [left|right]``, for example
 "large red star on blue" or "small white moon on purple top left". What a prompt leaves open (exact
-place, rotation, size when no size word is given, shading) is drawn at random, so one prompt has many pictures.
+place and size, rotation, shading) is drawn at random, so one prompt has many pictures.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 SIZE = 128
-SIZES = {"small": (17.0, 22.0), "large": (40.0, 48.0)}  # radius in pixels
-ANY_SIZE = (17.0, 48.0)
+SIZES = {"small": (17.0, 21.0), "": (27.0, 33.0), "large": (41.0, 48.0)}  # radius in pixels; "" is no size word
 COLOURS = {
     "red": (0.86, 0.13, 0.15),
     "orange": (0.97, 0.55, 0.10),
@@ -24,6 +23,7 @@ COLOURS = {
     "green": (0.13, 0.62, 0.25),
     "blue": (0.15, 0.32, 0.86),
     "purple": (0.55, 0.20, 0.70),
+    "pink": (0.98, 0.60, 0.78),
     "white": (0.94, 0.94, 0.94),
     "black": (0.08, 0.08, 0.08),
 }
@@ -101,7 +101,7 @@ SHAPES = {
     "circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "heart": _heart,
     "ring": _ring, "cross": _cross, "moon": _moon, "diamond": _diamond, "flower": _flower,
 }  # fmt: skip
-WORDS = (*SIZES, *COLOURS, *SHAPES, "on", *VERTICAL, *HORIZONTAL)
+WORDS = (*filter(None, SIZES), *COLOURS, *SHAPES, "on", *VERTICAL, *HORIZONTAL)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
         colour=str(colour),
         ground=str(ground),
         shape=str(rng.choice(list(SHAPES))),
-        size=str(rng.choice(["", *SIZES], p=[0.3, 0.35, 0.35])),
+        size=str(rng.choice(list(SIZES), p=[0.35, 0.3, 0.35])),
         vertical=str(rng.choice(["", *VERTICAL], p=[0.6, 0.2, 0.2])),
         horizontal=str(rng.choice(["", *HORIZONTAL], p=[0.6, 0.2, 0.2])),
     )
@@ -155,15 +155,15 @@ def _paint(rng: np.random.Generator, names: list[str], ramp: Tensor) -> Tensor:
 def render(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
     """Pictures of `scenes`, (N, 3, 128, 128) in 0..1."""
     count = len(scenes)
-    low, high = np.array([SIZES.get(scene.size, ANY_SIZE) for scene in scenes]).T
+    low, high = np.array([SIZES[scene.size] for scene in scenes]).T
     radius = rng.uniform(low, high)
     # A place word pushes the shape to the border, without leaving the picture; otherwise it is near the middle.
     reach = (SIZE / 2 - radius - 2) * rng.uniform(0.8, 1, count)
     centre = []
     for sides, words in ((HORIZONTAL, [s.horizontal for s in scenes]), (VERTICAL, [s.vertical for s in scenes])):
         side = np.array([sides.get(word, 0) for word in words])
-        centre.append(SIZE / 2 + side * reach + (side == 0) * rng.uniform(-6, 6, count))
-    turn = rng.uniform(-0.3, 0.3, count)
+        centre.append(SIZE / 2 + side * reach + (side == 0) * rng.uniform(-4, 4, count))
+    turn = rng.uniform(-0.2, 0.2, count)
 
     axis = torch.arange(SIZE, dtype=torch.float32) + 0.5
     x, y = axis.view(1, 1, -1), axis.view(1, -1, 1)

@@ -8,8 +8,7 @@ from pathlib import Path
 import comfy.model_management
 
 from ..calibration import Samples
-from ..checkpoint import describe_file, open_safetensors, quantization_info
-from ..cli import file_sha256
+from ..checkpoint import describe_file, file_sha256, open_safetensors, quantization_info
 from ..errors import SVDQuantError
 from ..quantize import Event, Job, Report, parts_folder, quantize
 from .calibrate import CalibrationSettings, Conditioning, calibrate
@@ -44,7 +43,7 @@ def quantize_model(
     comfy.model_management.unload_all_models()  # solving needs the memory; the weights stay in RAM
     if path := file_of(source.model):
         on_event({"stage": "hash", "path": str(path)})
-        source.origin["sha256"] = file_sha256(path)
+        source.origin["sha256"] = file_sha256(path, check)
     return quantize(
         source,
         Samples.load(kept),  # memory-mapped

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
+from pathlib import Path
 
+import folder_paths
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy_api.latest import ComfyExtension, io
 
@@ -47,9 +50,31 @@ class SVDQuantTestSleep(io.ComfyNode):
         return io.NodeOutput()
 
 
+class SVDQuantTestTwin(io.ComfyNode):
+    """The exact arithmetic of a quantized file without the plugin's runtime: `small_flux.twin`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVDQuantTestTwin",
+            category="SVDQuant/tests",
+            inputs=[io.String.Input("sixteen_bit"), io.String.Input("quantized"), io.String.Input("plain", default="")],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, sixteen_bit: str, quantized: str, plain: str) -> io.NodeOutput:
+        source = Path(__file__).resolve().parents[2] / "small_flux.py"
+        spec = importlib.util.spec_from_file_location("small_flux", source)
+        small_flux = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(small_flux)
+        files = [folder_paths.get_full_path_or_raise("diffusion_models", name) for name in (sixteen_bit, quantized)]
+        return io.NodeOutput(small_flux.twin(*map(Path, files), plain.split()))
+
+
 class TestNodes(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SVDQuantTestFail, SVDQuantTestSleep]
+        return [SVDQuantTestFail, SVDQuantTestSleep, SVDQuantTestTwin]
 
 
 async def comfy_entrypoint() -> TestNodes:

@@ -1,0 +1,87 @@
+"""SVDQuant Loader: a quantized file to MODEL."""
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..svdq_core import SVDQuantError, describe_file
+from ..svdq_core.host.load import load_svdquant
+
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# A folder of its own is optional, for people who keep 4-bit files apart.
+OWN_FOLDER = Path(folder_paths.models_dir) / "svdquant"
+if OWN_FOLDER.is_dir():
+    folder_paths.add_model_folder_path("svdquant", str(OWN_FOLDER))
+
+
+def model_files() -> dict[str, str]:
+    """Names to offer and the ComfyUI folder each is in; diffusion_models comes first for a name in both."""
+    folders = [f for f in ("svdquant", "diffusion_models") if f in folder_paths.folder_names_and_paths]
+    files = {name: folder for folder in folders for name in folder_paths.get_filename_list(folder)}
+    return {name: files[name] for name in sorted(files) if name.endswith((".safetensors", ".sft"))}
+
+
+def find_model(name: str) -> Path:
+    """Where the file of that name is; only names that are offered are found."""
+    folder = model_files().get(name)
+    path = folder and folder_paths.get_full_path(folder, name)
+    if not path:
+        raise SVDQuantError(f"{name}: no such file in models/diffusion_models. Refresh (R) and choose another.")
+    return Path(path)
+
+
+class SVDQuantLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVDQuantLoader",
+            display_name="SVDQuant Loader",
+            category="SVDQuant",
+            description="Loads a 4-bit SVDQuant model. It is ComfyUI's own model with quantized linears, so "
+            "ControlNet, LoRA, IP-Adapter and every other patch work on it as on the 16-bit model.",
+            search_aliases=["nunchaku", "4-bit", "int4", "nvfp4", "load quantized", "unet loader"],
+            inputs=[
+                io.Combo.Input(
+                    "unet_name",
+                    options=list(model_files()),
+                    tooltip="A file that SVDQuant Quantize wrote, or another in ComfyUI's svdquant_w4a4 format, "
+                    "in models/diffusion_models (or models/svdquant).",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="auto",
+                    tooltip="What the rest of the model computes in. auto takes what ComfyUI would take for the "
+                    "16-bit model on this device.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, unet_name: str | None) -> bool | str:
+        """A clear message where ComfyUI's would be a list of every file; a linked name comes as None."""
+        try:
+            return unet_name is None or find_model(unet_name).is_file()
+        except SVDQuantError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name: str | None, dtype: str) -> str:
+        """Changes when the file does, so that it is loaded again."""
+        if unet_name is None:
+            return ""
+        stat = find_model(unet_name).stat()
+        return f"{stat.st_mtime_ns} {stat.st_size}"
+
+    @classmethod
+    def execute(cls, unet_name: str, dtype: str) -> io.NodeOutput:
+        path = find_model(unet_name)
+        info = describe_file(path)
+        if info.kind != "svdquant":
+            hint = "" if info.loader_hint == "none" else f" Load it with {info.loader_hint}."
+            raise SVDQuantError(f"{unet_name} is {info.text}, not an SVDQuant model.{hint}")
+        return io.NodeOutput(load_svdquant(path, DTYPES[dtype]))
