@@ -58,7 +58,7 @@ class SVDQuantLoader(io.ComfyNode):
                     "16-bit model on this device.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model")],
+            outputs=[io.Model.Output(display_name="model", tooltip="A normal MODEL: every other node takes it.")],
         )
 
     @classmethod

@@ -51,7 +51,7 @@ CALIBRATION = "\n".join(
         ("small", "purple", "heart", "white"),
     )
 )
-STEPS, CFG, SIZE = 20, 2.0, 128
+STEPS, CFG, SIZE = 25, 3.0, 128
 
 
 def load_workflow(server: ComfyServer, name: str) -> dict[str, dict]:
@@ -117,12 +117,12 @@ def psnr(a: list[np.ndarray], b: list[np.ndarray]) -> float:
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
     """Rows of pictures with a caption each."""
-    zoom, left, top = SIZE * 3 // 2, 250, 40
+    zoom, left, top = SIZE * 3 // 2, 250, 56
     image = Image.new("RGB", (left + len(PROMPTS) * (zoom + 8), top + len(rows) * (zoom + 8)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(18)
     small = ImageFont.load_default(13)
     for column, text in enumerate(PROMPTS):
-        draw.text((left + column * (zoom + 8), 12), text.replace(" on ", "\non "), "black", small)
+        draw.text((left + column * (zoom + 8), 14), text.replace(" on ", "\non "), "black", small)
     for row, (caption, cells) in enumerate(rows):
         y = top + row * (zoom + 8)
         draw.multiline_text((12, y + 60), caption, "black", font, spacing=6)

@@ -1,0 +1,113 @@
+"""The trained demo model, quantized by the node: its 4-bit pictures are its 16-bit pictures, whatever patches it."""
+
+import pytest
+from torch import Tensor
+
+import small_flux
+from host.server import ComfyServer
+from test_loader_node import error_db, prompt, run, with_controlnet, with_easycache, with_image, with_skipped_layers
+
+CALIBRATION = """\
+large red circle on white
+small green star on black
+large blue heart on yellow
+small white square on red
+large purple triangle on green
+small yellow moon on blue"""
+
+
+@pytest.fixture(scope="module")
+def demo(server: ComfyServer, tmp_path_factory) -> ComfyServer:
+    """The server, with demo_flux.safetensors in 4 bit beside the 16-bit one."""
+    folder = tmp_path_factory.mktemp("controlnet")
+    server.add_model(small_flux.write_controlnet(folder / "small_controlnet.safetensors"), "controlnet")
+    for preset in ("balanced", "naive"):
+        server.run(quantize_prompt(preset))
+    return server
+
+
+def quantize_prompt(preset: str) -> dict:
+    widgets = {"file_name": f"demo_{preset}", "preset": preset, "format": "int4", "rank": 32, "steps": 6}
+    widgets |= {"max_prompts": 6, "size": 128, "ram_limit_gb": 1.0, "seed": 0}
+    return {
+        "model": {
+            "class_type": "UNETLoader",
+            "inputs": {"unet_name": "demo_flux.safetensors", "weight_dtype": "default"},
+        },
+        "clip": {"class_type": "DemoTextEncoderLoader", "inputs": {}},
+        "prompts": {"class_type": "SVDQuantPrompts", "inputs": {"clip": ["clip", 0], "prompts": CALIBRATION}},
+        "quantize": {
+            "class_type": "SVDQuantQuantize",
+            "inputs": {"model": ["model", 0], "conditioning": ["prompts", 0], **widgets},
+        },
+    }
+
+
+def sixteen_bit_loader() -> dict:
+    return {"class_type": "UNETLoader", "inputs": {"unet_name": "demo_flux.safetensors", "weight_dtype": "default"}}
+
+
+def base(file: str, **changes) -> dict:
+    """128×128 text to image; a 16-bit file goes through UNETLoader."""
+    graph = prompt(file, steps=12, **{"cfg": 2.0} | changes)
+    graph["latent"]["inputs"] |= {"width": 128, "height": 128}
+    graph["negative"]["inputs"]["text"] = ""
+    if "demo_flux" in file:
+        graph["model"] = sixteen_bit_loader()
+    return graph
+
+
+def batch_of_two(graph: dict) -> dict:
+    latent = {"class_type": "EmptySD3LatentImage", "inputs": graph["latent"]["inputs"] | {"batch_size": 2}}
+    return graph | {"latent": latent}
+
+
+def other_prompt_lengths(graph: dict) -> dict:
+    """CFG between a long and a short prompt: FLUX cannot batch them."""
+    text = "small black square on white top left"
+    return graph | {"negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["clip", 0], "text": text}}}
+
+
+def image_to_image(graph: dict) -> dict:
+    graph = with_image(graph)
+    graph["picture"]["inputs"] |= {"width": 128, "height": 128}
+    return graph
+
+
+def plain(graph: dict) -> dict:
+    return graph
+
+
+def no_cfg(graph: dict) -> dict:
+    return graph | {"sampler": {"class_type": "KSampler", "inputs": graph["sampler"]["inputs"] | {"cfg": 1.0}}}
+
+
+PATCHES = [
+    plain,
+    no_cfg,
+    batch_of_two,
+    other_prompt_lengths,
+    image_to_image,
+    with_controlnet,
+    with_easycache,
+    with_skipped_layers,
+]
+
+
+@pytest.fixture(scope="module")
+def unpatched(demo) -> Tensor:
+    return run(demo, base("demo_flux.safetensors"))
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_4_bit_follows_16_bit(demo, unpatched, patch):
+    wanted = run(demo, patch(base("demo_flux.safetensors")))
+    found = run(demo, patch(base("demo_balanced.safetensors")))
+    naive = run(demo, patch(base("demo_naive.safetensors")))
+    assert error_db(found, wanted) < -15
+    assert error_db(found, wanted) < error_db(naive, wanted) - 2, "SVDQuant must be clearly closer than naive"
+    if patch is batch_of_two:
+        alone = run(demo, base("demo_balanced.safetensors"))
+        assert wanted.shape[0] == 2 and error_db(found[:1], alone) < -25
+    elif patch is not plain:
+        assert error_db(wanted, unpatched) > -20, "this patch does nothing"
