@@ -41,7 +41,7 @@ class SVDQuantLoader(io.ComfyNode):
             display_name="SVDQuant Loader",
             category="SVDQuant",
             description="Loads a 4-bit SVDQuant model. It is ComfyUI's own model with quantized linears, so "
-            "ControlNet, LoRA, IP-Adapter and every other patch work on it as on the 16-bit model.",
+            "ControlNet, LoRA and other patches work on it as on the 16-bit model.",
             search_aliases=["nunchaku", "4-bit", "int4", "nvfp4", "load quantized", "unet loader"],
             inputs=[
                 io.Combo.Input(

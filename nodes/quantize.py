@@ -185,7 +185,7 @@ def output_path(file_name: str) -> tuple[Path, str]:
     bad = re.search(r'[<>:"|?*\x00-\x1f]', cleaned) or any(
         part in (".", "..", "/") or part[-1] in ". " or RESERVED.fullmatch(part) for part in parts
     )
-    if not parts or bad:
+    if not parts or bad or cleaned.startswith("/"):  # "//host/share" too: pathlib takes it for a root
         raise SVDQuantError(
             f"File name '{file_name}': give a plain name such as my_model_svdq_int4, without drive, '..' or special "
             "characters. It is written to models/diffusion_models."
@@ -223,7 +223,8 @@ class Streamer:
                 f"{event['name']}: {event['error_db']:.1f} dB"
             )
         else:
-            self.text({"hash": "Reading the source file", "write": "Writing the 4-bit file"}.get(stage, stage))
+            words = {"hash": "Reading the source file", "write": "Writing the 4-bit file"}
+            self.text(words.get(stage) or f"{event['name']} stays 16 bit: {event['reason']}")
         self.send(stage, event)
 
     def finish(self, report: Report) -> None:

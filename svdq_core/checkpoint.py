@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from .dialects import to_comfy_names
 from .errors import SVDQuantError
-from .formats import FORMATS, by_disk_name
+from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
-from .recipes import RECIPES, family_of, find_recipe, plan
+from .recipes import RECIPES, family_of, match_recipe, plan
 
 TOOL = "comfyui-svdquant 0.1.0"
 METADATA_KEY = "svdquant"
@@ -57,8 +56,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
                 QuantizedLinear.from_state_dict(state_dict, prefix)
         except SVDQuantError as error:
             raise SVDQuantError(f"{path}: {error}") from None
-    if any(k.endswith(".comfy_quant") for k in state_dict):
-        plan(find_recipe(state_dict, str(path)), layer_shapes(state_dict), str(path))
+    recipe = match_recipe(state_dict)
+    if recipe is not None and any(k.endswith(".comfy_quant") for k in state_dict):
+        plan(recipe, layer_shapes(state_dict), str(path))  # raises for an incomplete file
     return state_dict, metadata
 
 
@@ -125,7 +125,10 @@ def describe_file(path: str | os.PathLike[str]) -> FileInfo:
         metadata = dict(file.metadata() or {})
         markers = {k: file.get_tensor(k) for k in keys if k.endswith(".comfy_quant")}
     details: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(keys)}
-    formats = sorted({str(layer_config(markers, k.removesuffix("comfy_quant")).get("format")) for k in markers})
+    try:
+        formats = sorted({str(layer_config(markers, k.removesuffix("comfy_quant")).get("format")) for k in markers})
+    except SVDQuantError as error:
+        raise SVDQuantError(f"{path}: {error}") from None
     if any(by_disk_name(f) for f in formats):
         info = quantization_info(metadata)
         recipe = family_title(keys)
@@ -167,32 +170,41 @@ def classify(
     return "diffusion_model", f"a {precision} diffusion model ({family})", "Load Diffusion Model"
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write safetensors to a temporary name in the same folder, then rename: never a half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Write safetensors to a temporary name in the same folder, then rename: never a half-written file.
+
+    ``check`` may raise between tensors to interrupt. What a killed run left is overwritten by the next.
+    """
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    free = shutil.disk_usage(path.parent).free
-    if free < size + 2**20:
-        raise SVDQuantError(
-            f"{path.parent}: not enough disk space. The file needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are "
-            "free. Make room and run again; the layers solved so far are kept."
-        )
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        stream_safetensors(temporary, tensors, metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except PermissionError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < size + 2**20:
+            raise SVDQuantError(
+                f"{path.parent}: not enough disk space. The file needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB "
+                "are free. Make room and run again; the layers solved so far are kept."
+            )
+        try:
+            stream_safetensors(temporary, tensors, metadata, check)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except PermissionError as error:
         raise SVDQuantError(
-            f"{path}: cannot be replaced; a loaded model still uses it. Unload the models or choose another name."
+            f"{path}: cannot be written ({error.strerror}). Either the folder is write-protected, or a loaded model "
+            "still uses the file (Windows): unload the models or choose another name. Solved layers are kept."
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def stream_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def stream_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[], None]
+) -> None:
     """safetensors' own writer first copies every tensor into memory, which a 12B model's file cannot afford:
     the same format, one tensor at a time (8 bytes of header length, JSON header, raw little-endian data)."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -208,6 +220,7 @@ def stream_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapp
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
+            check()
             file.write(tensor_bytes(tensors[key]))
         file.flush()
         os.fsync(file.fileno())
@@ -243,6 +256,3 @@ def sixteen_bit(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and tensor.dtype not in (torch.bfloat16, torch.float16):
         return tensor.to(torch.bfloat16)
     return tensor
-
-
-__all__ = ["FORMATS", "FileInfo", "describe_file", "read_checkpoint", "write_checkpoint"]

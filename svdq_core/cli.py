@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from .benchmark import bench
 from .calibration import Samples
-from .checkpoint import FileInfo, describe_file, file_sha256
+from .checkpoint import describe_file, file_sha256
 from .errors import SVDQuantError
 from .formats import BRANCH_FORMATS
-from .quantize import Event, FileSource, Job, quantize
+from .quantize import Event, FileSource, Job, Report, quantize, refuse_overwriting
 from .report import save_chart
 from .solve import PRESETS
 
@@ -67,7 +67,10 @@ def run_quantize(arguments: argparse.Namespace) -> None:
         raise SVDQuantError(f"{arguments.output}: input and output are the same file.")
     source = FileSource(arguments.input)
     samples = Samples.load(arguments.calibration) if arguments.calibration else None
-    source.origin["sha256"] = file_sha256(arguments.input)
+    if arguments.calibration and arguments.output.resolve() == arguments.calibration.resolve():
+        raise SVDQuantError(f"{arguments.output}: output and calibration are the same file.")
+    source.origin["key"] = source.origin["sha256"] = file_sha256(arguments.input)
+    refuse_overwriting(arguments.output, source)
     job = Job(arguments.format, arguments.preset, arguments.rank, seed=arguments.seed)
     calibration = {"kind": "file", "file": arguments.calibration.name} if arguments.calibration else None
     with tqdm(unit="layer", dynamic_ncols=True) as bar:
@@ -104,22 +107,17 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     info = describe_file(arguments.file)
     print(f"{arguments.file}: {info.text}, {info.details['bytes'] / 2**20:.1f} MiB.")
     print(f"Load it with: {info.loader_hint}")
-    quantized = info.details.get("svdquant") or {}
-    if quantized:
-        print_quantization(info)
-    if arguments.layers:
-        for name, layer in quantized.get("layers", {}).items():
-            alpha = "none" if layer["alpha"] is None else layer["alpha"]
-            print(f"  {name:36} rank {layer['rank']:3}  alpha {alpha!s:>5}  {layer['error_db']:7.2f} dB")
-
-
-def print_quantization(info: FileInfo) -> None:
-    """How a file of ours was made."""
-    made = info.details["svdquant"]
-    errors = [v["error_db"] for v in made["layers"].values() if v["rank"] or made["rank"] == 0]
-    print(f"Made by {made['tool']}: recipe {made['recipe']}, {made['format']}, rank {made['rank']}, {made['preset']}")
+    made = info.details.get("svdquant") or {}
+    if not made.get("layers"):
+        return
+    report = Report(arguments.file, [{"name": name, **record} for name, record in made["layers"].items()])
+    print(f"Made by {made.get('tool')}: {made.get('format')}, rank {made.get('rank')}, {made.get('preset')}")
     print(f"From {made['source'].get('file', 'a loaded model')}; calibration: {made['calibration'].get('kind')}")
-    print(f"{len(made['layers'])} layers, mean error {sum(errors) / max(1, len(errors)):.1f} dB")
+    print(f"{len(report.layers)} layers, mean error {report.mean_error_db:.1f} dB")
+    if arguments.layers:
+        for layer in report.layers:
+            alpha = "none" if layer["alpha"] is None else layer["alpha"]
+            print(f"  {layer['name']:36} rank {layer['rank']:3}  alpha {alpha!s:>5}  {layer['error_db']:7.2f} dB")
 
 
 def run_bench(arguments: argparse.Namespace) -> None:

@@ -23,12 +23,12 @@ def hessian_factor(x: Tensor) -> Tensor:
     damp = DAMP * diagonal.mean()
     for _ in range(8):
         diagonal += damp
-        lower, info = torch.linalg.cholesky_ex(h)
-        if info == 0:
-            del h
-            inverse = torch.cholesky_inverse(lower)
-            del lower  # a K x K matrix is the largest thing there is: 900 MB for FLUX's linear2
-            return torch.linalg.cholesky(inverse, upper=True)
+        factor, failed = torch.linalg.cholesky_ex(h)
+        if not failed:
+            factor = torch.cholesky_inverse(factor)  # in turns: K x K is 900 MB for FLUX's linear2
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+            if not failed:
+                return factor
         damp *= 4
     raise SVDQuantError("The calibration inputs of this layer hold NaN or infinity: its Hessian has no inverse.")
 

@@ -36,8 +36,10 @@ def linear_forward(
     if smooth_factor is None:
         main = rows.to(compute_dtype)
     else:
-        shifted = rows.float() + GELU_SHIFT if act_unsigned else rows.float()
-        main = fmt.round_activations(shifted / smooth_factor.float(), x.dtype, act_unsigned).to(compute_dtype)
+        shift = GELU_SHIFT if act_unsigned else 0.0
+        smoothed = rows.float().add(shift).div_(smooth_factor.float())  # one float32 copy, rounded in place
+        main = fmt.round_activations(smoothed, x.dtype, act_unsigned).to(compute_dtype)
+        del smoothed
     bias = None if bias is None else bias.to(compute_dtype)
     y = torch.nn.functional.linear(main, weight, bias)
     if proj_down is not None and proj_up is not None and proj_down.shape[1] > 0:

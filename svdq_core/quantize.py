@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .calibration import Samples
 from .checkpoint import (
+    TOOL,
+    describe_file,
     open_safetensors,
     quantization_info,
     quantization_metadata,
@@ -32,7 +34,7 @@ from .checkpoint import (
 from .errors import SVDQuantError
 from .formats import Format, get_format
 from .linear import QuantizedLinear
-from .recipes import W4A16, LayerGroup, find_recipe, plan
+from .recipes import W4A16, LayerGroup, plan_model
 from .solve import PRESETS, SolveSettings, solve_shared_input
 
 Event = dict[str, Any]
@@ -57,11 +59,16 @@ class FileSource:
     """A 16-bit model file, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        self.state_dict, _ = read_checkpoint(path)
+        self.state_dict, metadata = read_checkpoint(path)
         if any(k.endswith(".comfy_quant") for k in self.state_dict):
             raise SVDQuantError(f"{path}: is quantized already. Give the 16-bit model it was made from.")
+        scaled = [k for k in self.state_dict if k.endswith(("scale_weight", "weight_scale", "scaled_fp8"))]
+        if scaled or "_quantization_metadata" in metadata:
+            raise SVDQuantError(
+                f"{path}: holds scaled 8-bit weights{f' ({scaled[0]})' if scaled else ''}. Give the 16-bit model, or "
+                "load this file in ComfyUI and use SVDQuant Quantize."
+            )
         self.name = str(path)
-        self.path = path
         self.origin: dict[str, Any] = {"file": path.name}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -154,21 +161,24 @@ def quantize(
     started = time.monotonic()
     fmt, settings = get_format(job.fmt), job.settings()
     shapes = source.shapes()
-    recipe = find_recipe(shapes, source.name)
-    weights = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 2}
-    groups = [g for g in plan(recipe, weights, source.name) if fits(g, weights, fmt, on_event)]
+    recipe, groups = plan_model(shapes, source.name)
+    weights = {name: shapes[f"{name}.weight"] for group in groups for name in group.names}
+    groups = [g for g in groups if fits(g, weights, fmt, on_event)]
     parts = parts_folder(output)
     parts.mkdir(parents=True, exist_ok=True)
     report = Report(output)
     layers: dict[str, QuantizedLinear] = {}
     costs = [sum(weights[n][0] * weights[n][1] + weights[n][1] ** 2 for n in g.names) for g in groups]
     digest = hashlib.sha256()
+    spent, solved_cost = 0.0, 0
     for i, group in enumerate(groups):
         check()
+        began = time.monotonic()
         solved, resumed = solve_group(source, group, samples, fmt, settings, parts, torch.device(device), digest, check)
         report.resumed += resumed
-        done = sum(costs[: i + 1])
-        eta = (time.monotonic() - started) * (sum(costs) - done) / done
+        if not resumed:  # layers of an earlier run say nothing about the speed of this one
+            spent, solved_cost = spent + time.monotonic() - began, solved_cost + costs[i]
+        eta = spent / max(1, solved_cost) * sum(costs[i + 1 :])
         for name, layer in zip(group.names, solved, strict=True):
             layers[name] = layer
             n, k = weights[name]
@@ -187,14 +197,32 @@ def quantize(
         "job_key": job_key,
         "layers": {r["name"]: {k: v for k, v in r.items() if k != "name"} for r in report.layers},
     }
-    assemble(source, shapes, layers, output, info)
-    del layers, solved, layer
+    assemble(source, shapes, layers, output, info, check)
+    del layers, solved, layer, samples
     gc.collect()  # the parts are memory-mapped, and Windows deletes no mapped file
     shutil.rmtree(parts, ignore_errors=True)
     report.bytes = output.stat().st_size
     report.bytes_16bit = sum(2 * product(s) for s in shapes.values())
     report.seconds = time.monotonic() - started
     return report
+
+
+def refuse_overwriting(output: Path, source: Source) -> None:
+    """Only a 4-bit file of the same source may be replaced; :class:`SVDQuantError` says what is in the way.
+
+    Sources are told apart by ``origin["key"]``.
+    """
+    if not output.exists():
+        return
+    info = describe_file(output)
+    if info.kind != "svdquant":
+        raise SVDQuantError(f"{output.name} exists and is {info.text}: it is not overwritten. Choose another name.")
+    made_from = info.details["svdquant"].get("source", {})
+    if made_from.get("key") != source.origin["key"]:
+        raise SVDQuantError(
+            f"{output.name} exists and was made from another model ({made_from.get('file', 'unknown')}): it is not "
+            "overwritten. Choose another name, or delete that file."
+        )
 
 
 def parts_folder(output: Path) -> Path:
@@ -256,7 +284,7 @@ def solve_group(
     biases = [source.tensor(f"{n}.bias") if f"{n}.bias" in keys else None for n in group.names]
     x, absmax = shared_samples(samples, group, source.name)
     fmt = get_format("awq") if group.kind == W4A16 else fmt
-    key = hashlib.sha256(repr((group, fmt.name, asdict(settings))).encode())
+    key = hashlib.sha256(repr((TOOL, device.type, group, fmt.name, asdict(settings))).encode())
     for tensor in (*weights, *biases):
         if tensor is not None:
             content = tensor_bytes(tensor)
@@ -284,8 +312,7 @@ def solve_group(
     except torch.OutOfMemoryError:
         raise SVDQuantError(
             f"{source.name}: the GPU's memory ran out while solving {group.names[0]} {tuple(weights[0].shape)}. Close "
-            "other programs that use the GPU, or lower ram_limit_gb (fewer tokens), and run again: the layers solved "
-            "so far are kept."
+            "other programs that use the GPU and run again: the layers solved so far are kept."
         ) from None
     tensors = {k: t for n, layer in zip(group.names, solved, strict=True) for k, t in layer.state_dict(n).items()}
     write_checkpoint(part, tensors, {n: json.dumps(q.info) for n, q in zip(group.names, solved, strict=True)})
@@ -305,7 +332,6 @@ def read_part(part: Path, group: LayerGroup) -> list[QuantizedLinear] | None:
             layer.info = json.loads(metadata[name])
         return layers
     except (SVDQuantError, SafetensorError, KeyError, ValueError):
-        part.unlink()
         return None
 
 
@@ -319,7 +345,12 @@ def shared_samples(samples: Samples | None, group: LayerGroup, where: str) -> tu
             f"{where}: the calibration has no activations of {group.names[0]}. It was made for another model; "
             f"it holds {', '.join(list(samples.tokens)[:3]) or 'nothing'}, ..."
         )
-    return samples.tokens[name], samples.absmax.get(name)
+    tokens, absmax = samples.tokens[name], samples.absmax.get(name)
+    if absmax is not None and absmax.shape != tokens.shape[1:]:
+        raise SVDQuantError(
+            f"{where}: the calibration's {name}.absmax is {tuple(absmax.shape)}, its tokens are {tuple(tokens.shape)}."
+        )
+    return tokens, absmax
 
 
 def assemble(
@@ -328,10 +359,11 @@ def assemble(
     layers: dict[str, QuantizedLinear],
     output: Path,
     info: dict[str, Any],
+    check: Callable[[], None],
 ) -> None:
     """Write the final file: quantized layers, and everything else in 16 bit."""
     quantized = {f"{name}.{end}" for name in layers for end in ("weight", "bias")}
     tensors = {key: sixteen_bit(source.tensor(key)).cpu() for key in shapes if key not in quantized}
     for name, layer in layers.items():
         tensors |= layer.state_dict(name)
-    write_checkpoint(output, tensors, quantization_metadata(layers, info))
+    write_checkpoint(output, tensors, quantization_metadata(layers, info), check)

@@ -104,14 +104,30 @@ def family_of(keys: Iterable[str]) -> str | None:
 
 def find_recipe(keys: Collection[str], where: str) -> Recipe:
     """The recipe for a state dict, or :class:`SVDQuantError` that names what was seen (``where``: file or model)."""
+    recipe = match_recipe(keys)
+    if recipe is not None:
+        return recipe
     present = set(keys)
-    for recipe in RECIPES:
-        if present.issuperset(recipe.keys) and not present.intersection(recipe.absent):
-            return recipe
     family = family_of(present)
     seen = f"It looks like {family}." if family else f"Its first keys are: {', '.join(sorted(present)[:6]) or 'none'}."
     known = ", ".join(r.title for r in RECIPES)
     raise SVDQuantError(f"{where}: no quantization recipe for this architecture. {seen} Known so far: {known}.")
+
+
+def plan_model(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[Recipe, list[LayerGroup]]:
+    """Recipe and groups of a whole model, from the shapes of its state dict by key."""
+    recipe = find_recipe(shapes, where)
+    layers = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 2}
+    return recipe, plan(recipe, layers, where)
+
+
+def match_recipe(keys: Collection[str]) -> Recipe | None:
+    """The recipe whose keys are all there, if any."""
+    present = set(keys)
+    for recipe in RECIPES:
+        if present.issuperset(recipe.keys) and not present.intersection(recipe.absent):
+            return recipe
+    return None
 
 
 def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], where: str) -> list[LayerGroup]:

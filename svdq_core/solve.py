@@ -97,7 +97,7 @@ def solve_shared_input(
     w_absmax = torch.stack([w.abs().amax(dim=0) for w in checked]).amax(dim=0)
     search = spread_rows(x, settings.search_tokens)
     best = Candidate(None, torch.ones_like(x_absmax), False)
-    for unsigned in (False, True) if may_be_unsigned else (False,):
+    for unsigned in (False, True) if may_be_unsigned and fmt.has_unsigned else (False,):
         shifted_absmax = x_absmax + GELU_SHIFT if unsigned else x_absmax
         for alpha in settings.alphas:
             check()

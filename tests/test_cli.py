@@ -54,6 +54,14 @@ def test_without_calibration_the_file_says_so(folder):
     assert "weight statistics only" in svdquant("inspect", folder / "w.safetensors").stdout
 
 
+def test_other_files_are_not_overwritten(folder):
+    save_file(random_flux(seed=1), folder / "other.safetensors")
+    before = (folder / "other.safetensors").read_bytes()
+    done = svdquant("quantize", folder / "in.safetensors", folder / "other.safetensors")
+    assert done.returncode == 1 and "a 16-bit diffusion model (FLUX.1): it is not overwritten" in done.stderr
+    assert (folder / "other.safetensors").read_bytes() == before
+
+
 def test_refusals_are_one_line_without_traceback(folder):
     (folder / "text.safetensors").write_text("hello there, not a model")
     cases = [

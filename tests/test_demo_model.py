@@ -82,7 +82,24 @@ def no_cfg(graph: dict) -> dict:
     return graph | {"sampler": {"class_type": "KSampler", "inputs": graph["sampler"]["inputs"] | {"cfg": 1.0}}}
 
 
+def reference_latent(graph: dict) -> dict:
+    """As Kontext does it: an encoded picture joins the image tokens."""
+    picture = {"width": 128, "height": 128, "batch_size": 1, "color": 0x20C040}
+    reference = {
+        "shown": {"class_type": "EmptyImage", "inputs": picture},
+        "vae": {"class_type": "DemoVAELoader", "inputs": {}},
+        "encoded": {"class_type": "VAEEncode", "inputs": {"pixels": ["shown", 0], "vae": ["vae", 0]}},
+        "reference": {
+            "class_type": "ReferenceLatent",
+            "inputs": {"conditioning": ["positive", 0], "latent": ["encoded", 0]},
+        },
+    }
+    inputs = graph["sampler"]["inputs"] | {"positive": ["reference", 0]}
+    return graph | reference | {"sampler": {"class_type": "KSampler", "inputs": inputs}}
+
+
 PATCHES = [
+    reference_latent,
     plain,
     no_cfg,
     batch_of_two,

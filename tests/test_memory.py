@@ -69,6 +69,16 @@ def test_the_formula_holds_at_twice_the_size():
     assert large / small == pytest.approx(4, rel=0.05)
 
 
+def test_modulation_linears_need_little():
+    """W4A16: 18432 × 3072 in FLUX.1, at a sixteenth here. Nothing quadratic in K, so the weight's copies decide."""
+    n, k = 18432 // 16, 192
+    weight = torch.randn(n, k).bfloat16()
+    with PeakBytes() as watch:
+        solve_shared_input([weight], torch.randn(76, k).bfloat16(), [None], get_format("awq"), SolveSettings())
+    assert watch.peak < 4 * 13 * n * k
+    assert 4 * 13 * 18432 * 3072 < 3 * 2**30
+
+
 def test_a_12b_model_fits_a_12_gb_gpu():
     worst = max(predicted_peak(n, k, TOKENS) for n, k in FLUX_LINEARS.values())
     assert worst < 6 * 2**30, f"{worst / 2**30:.1f} GiB"

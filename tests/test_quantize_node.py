@@ -16,6 +16,8 @@ from host.server import ComfyServer, PromptError
 from small_flux import random_flux
 
 LORA_KEY = "double_blocks.0.img_attn.qkv"
+BAD_NAMES = ["../x", "/abs", "//host/x", "\\\\host\\share\\x", "C:\\x", "a/../../b"]
+BAD_NAMES += ["con", "", "x?", "a/nul.safetensors", "x."]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +159,22 @@ def test_loras_are_baked_in(server, models):
 
 
 def test_fill_model_with_its_wide_input(server, models):
-    server.run(graph("fill", file_name="fill_q"))
+    """Quantized, loaded and sampled: ComfyUI feeds the 384 input features from the noise, an image and a mask."""
+    text = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["3", 0], "text": "large red star on blue"}}
+    latent = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+    sampler = {"model": ["5", 0], "positive": ["6", 0], "negative": ["6", 0], "latent_image": ["7", 0], "seed": 1}
+    sampler |= {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    prompt = graph("fill", file_name="fill_q") | {
+        "3": {"class_type": "DemoTextEncoderLoader", "inputs": {}},
+        "5": {"class_type": "SVDQuantLoader", "inputs": {"unet_name": ["2", 0], "dtype": "auto"}},
+        "6": text,
+        "7": latent,
+        "8": {"class_type": "KSampler", "inputs": sampler},
+        "9": {"class_type": "SaveLatent", "inputs": {"samples": ["8", 0], "filename_prefix": "fill"}},
+    }
+    (saved,) = server.run(prompt)["outputs"]["9"]["latents"]
+    sample = load_file(server.base / saved["type"] / saved["subfolder"] / saved["filename"])["latent_tensor"]
+    assert sample.shape == (1, 16, 8, 8) and torch.isfinite(sample).all()
     assert svdq_core.read_checkpoint(written(server, "fill_q"))[0]["img_in.weight"].shape == (128, 384)
 
 
@@ -212,7 +229,22 @@ def test_a_killed_server_resumes_too(comfy_path, tmp_path):
         assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("name", ["../x", "/abs", "C:\\x", "a/../../b", "con", "", "x?", "a/nul.safetensors", "x."])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "/abs",
+        "//host/x",
+        "\\\\host\\share\\x",
+        "C:\\x",
+        "a/../../b",
+        "con",
+        "",
+        "x?",
+        "a/nul.safetensors",
+        "x.",
+    ],
+)
 def test_names_never_leave_the_models_folder(server, models, name):
     before = {p for p in server.base.rglob("*.safetensors")}
     with pytest.raises(PromptError, match="give a plain name"):
@@ -223,6 +255,23 @@ def test_names_never_leave_the_models_folder(server, models, name):
 def test_other_files_are_never_overwritten(server, models):
     with pytest.raises(PromptError, match="exists and is a 16-bit diffusion model.*not overwritten"):
         server.run(graph(file_name="quantize_me"))
+    server.run(graph(file_name="mine"))
+    before = digest(written(server, "mine"))
+    with pytest.raises(PromptError, match=r"made from another model \(quantize_me.safetensors\).*not overwritten"):
+        server.run(graph("fill", file_name="mine"))
+    assert digest(written(server, "mine")) == before
+
+
+def test_fingerprint_of_flux_sized_weights(comfy):
+    """Index arithmetic in float32 runs past the end of weights above 2**24 elements, which every FLUX has."""
+    from comfyui_svdquant.svdq_core.host.model import hash_nested
+
+    weight = torch.zeros(21504, 3072, dtype=torch.bfloat16)
+    seen = []
+    hash_nested(weight, seen.append)
+    weight[-1, -1] = 1
+    hash_nested(weight, seen.append)
+    assert seen[0] != seen[1] and len(seen[0]) == 128
 
 
 def test_a_4_bit_model_is_refused(server, models):

@@ -50,6 +50,34 @@ def test_forward_is_the_formula(unsigned):
     assert db(layer(x), forward64(layer, x)) < -100
 
 
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_comfy_kitchen_computes_the_same(comfy, unsigned):
+    """Its own operators on our tensors: other tools can run what we write."""
+    import comfy_kitchen as ck
+
+    w, x, b = problem()
+    x = torch.nn.functional.gelu(x, approximate="tanh") if unsigned else x
+    layer = solve_linear(w, x, bias=b, act_unsigned=unsigned)
+    sd = {k: t.float() if t.is_floating_point() else t for k, t in layer.state_dict("").items()}
+    codes, scales, low = ck.quantize_svdquant_w4a4(
+        x + GELU_SHIFT if unsigned else x, sd["smooth_factor"], sd["proj_down"], act_unsigned=unsigned, lora_x=x
+    )
+    y = ck.scaled_mm_svdquant_w4a4(
+        codes, sd["weight"], scales, sd["weight_scale"], low, sd["proj_up"], sd["bias"], act_unsigned=unsigned
+    )
+    assert db(y[:T], layer(x)) < -80
+
+
+def test_comfy_kitchen_computes_the_same_w4a16(comfy):
+    import comfy_kitchen as ck
+
+    w, x, b = problem(outliers=False)
+    layer = solve_linear(w, x, bias=b, fmt="awq")
+    sd = {k: t.float() if t.is_floating_point() else t for k, t in layer.state_dict("").items()}
+    y = ck.gemv_awq_w4a16(x, sd["weight"], sd["weight_scale"], sd["weight_zero"], bias=sd["bias"])
+    assert db(y, layer(x)) < -100
+
+
 @pytest.mark.parametrize("fmt", [*BRANCH_FORMATS, "awq"])
 @pytest.mark.parametrize("residual", ["rtn", "gptq"])
 def test_every_format_is_close_and_reports_its_error(fmt, residual):

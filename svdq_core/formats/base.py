@@ -16,6 +16,7 @@ class Format(ABC):
     bits: int
     group: int | None  # columns that share a weight scale; None: the whole row does
     has_branch: bool = True
+    has_unsigned: bool = True  # an unsigned activation grid
     default_rank: int = 32
     extra_tensors: tuple[str, ...] = ()  # beside ``weight`` and ``weight_scale``
 

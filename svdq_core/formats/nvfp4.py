@@ -34,6 +34,7 @@ class NVFP4(Format):
     bits = 4
     group: int = 16
     extra_tensors = ("weight_scale_2",)
+    has_unsigned = False  # e2m1 has a sign bit, whatever the values are
 
     def tensor_scale(self, w: Tensor) -> Tensor:
         return positive(w.abs().amax() / (E4M3_MAX * E2M1_MAX))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import tensor_bytes
 from ..errors import SVDQuantError
-from ..recipes import LayerGroup, find_recipe, plan
+from ..recipes import LayerGroup, plan_model
+from .layout import is_quantized
 
 PREFIX = "diffusion_model."
 SAMPLED_VALUES = 64  # per tensor, for a fingerprint that does not read the whole model
@@ -31,9 +32,14 @@ class ModelSource:
         self.name = f"this model ({type(model.model).__name__})"
         self.parameters = dict(model.model.diffusion_model.named_parameters())
         for key, parameter in self.parameters.items():
-            if isinstance(parameter, QuantizedTensor) and parameter._layout_cls == "SVDQuantLayout":
+            if is_quantized(parameter):
                 raise SVDQuantError(
                     f"{key}: this MODEL is in 4 bit already. Connect the 16-bit model it was made from."
+                )
+            if not parameter.is_floating_point():
+                raise SVDQuantError(
+                    f"{key}: this MODEL holds packed {parameter.dtype} weights (a GGUF file, perhaps), which cannot be "
+                    "read here. Connect the 16-bit model it was made from."
                 )
         self.origin: dict[str, Any] = {"model": type(model.model).__name__, "patched_weights": len(model.patches)}
         if path := file_of(model):
@@ -62,10 +68,7 @@ class ModelSource:
 
     def groups(self) -> list[LayerGroup]:
         """The recipe's groups for this model."""
-        shapes = self.shapes()
-        recipe = find_recipe(shapes, self.name)
-        weights = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 2}
-        return plan(recipe, weights, self.name)
+        return plan_model(self.shapes(), self.name)[1]
 
     def modules(self, names: Iterable[str]) -> dict[str, nn.Module]:
         """The linears themselves."""
@@ -90,8 +93,9 @@ def hash_nested(value: Any, update: Callable[[bytes], Any]) -> None:
         value = value._qdata
     if isinstance(value, Tensor):
         flat = value.detach().reshape(-1)
-        picks = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED_VALUES, flat.numel()), device=flat.device)
-        update(bytes(tensor_bytes(flat[picks.long()])))
+        count = min(SAMPLED_VALUES, flat.numel())
+        picks = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)  # exact: int64
+        update(bytes(tensor_bytes(flat[picks])))
     elif isinstance(value, list | tuple):
         for item in value:
             hash_nested(item, update)

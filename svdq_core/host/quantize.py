@@ -1,16 +1,15 @@
 """One click: calibrate a loaded MODEL, solve it, write the 4-bit file; everything resumes."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import comfy.model_management
 
 from ..calibration import Samples
-from ..checkpoint import describe_file, file_sha256, open_safetensors, quantization_info
-from ..errors import SVDQuantError
-from ..quantize import Event, Job, Report, parts_folder, quantize
+from ..checkpoint import TOOL, file_sha256, open_safetensors, quantization_info
+from ..quantize import Event, Job, Report, parts_folder, quantize, refuse_overwriting
 from .calibrate import CalibrationSettings, Conditioning, calibrate
 from .model import ModelSource, file_of, hash_nested
 
@@ -31,8 +30,11 @@ def quantize_model(
     job.settings()  # refuse nonsense before the long part
     source.groups()
     calibration_key = key_of(source, prompts, settings)
-    job_key = hashlib.sha256(repr((calibration_key, asdict(job))).encode()).hexdigest()
+    job_key = hashlib.sha256(repr((TOOL, calibration_key, job.fmt, job.settings())).encode()).hexdigest()
+    source.origin["key"] = source.fingerprint().hex()
+    refuse_overwriting(output, source)
     if output.exists() and (report := finished_before(output, job_key)):
+        shutil.rmtree(parts_folder(output), ignore_errors=True)
         return report
     check = comfy.model_management.throw_exception_if_processing_interrupted
     kept = parts_folder(output) / f"{calibration_key[:32]}.calibration"
@@ -44,7 +46,7 @@ def quantize_model(
     if path := file_of(source.model):
         on_event({"stage": "hash", "path": str(path)})
         source.origin["sha256"] = file_sha256(path, check)
-    return quantize(
+    report = quantize(
         source,
         Samples.load(kept),  # memory-mapped
         output,
@@ -55,6 +57,8 @@ def quantize_model(
         on_event=on_event,
         check=check,
     )
+    shutil.rmtree(parts_folder(output), ignore_errors=True)  # Windows keeps mapped files until now
+    return report
 
 
 def key_of(source: ModelSource, prompts: list[Conditioning], settings: CalibrationSettings) -> str:
@@ -71,12 +75,7 @@ def key_of(source: ModelSource, prompts: list[Conditioning], settings: Calibrati
 
 
 def finished_before(output: Path, job_key: str) -> Report | None:
-    """The report of an earlier run of the very same job; never overwrites a file that is not ours."""
-    info = describe_file(output)
-    if info.kind != "svdquant":
-        raise SVDQuantError(
-            f"{output.name} exists and is {info.text}: it is not overwritten. Choose another file name."
-        )
+    """The report of an earlier run of the very same job, if there was one."""
     with open_safetensors(output) as file:
         metadata = dict(file.metadata() or {})
     if quantization_info(metadata).get("job_key") != job_key:
