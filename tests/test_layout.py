@@ -107,10 +107,7 @@ def test_every_package_has_an_init():
     assert not [path for path in SOURCES if not path.with_name("__init__.py").exists()]
 
 
-KERNELS = [p.stem for p in sorted((ROOT / "triton_kernels").glob("*.py")) if not p.stem.startswith("_")]
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernel_has_a_test_and_a_benchmark(kernel: str):
-    assert list((ROOT / "tests").rglob(f"test_{kernel}.py"))
-    assert list((ROOT / "benchmarks").rglob(f"benchmark_{kernel}.py"))
+def test_kernels_have_a_test_and_a_benchmark():
+    for path in (ROOT / "triton_kernels").glob("[!_]*.py"):
+        assert list((ROOT / "tests").rglob(f"test_{path.name}")), path
+        assert list((ROOT / "benchmarks").rglob(f"benchmark_{path.name}")), path
