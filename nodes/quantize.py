@@ -1,7 +1,7 @@
 """SVDQuant Quantize: one click from a 16-bit MODEL to a 4-bit file."""
 
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 import comfy.utils
 import folder_paths
@@ -193,7 +193,7 @@ def output_path(file_name: str) -> tuple[Path, str]:
     name = cleaned if cleaned.endswith(".safetensors") else f"{cleaned}.safetensors"
     folders = [Path(p) for p in folder_paths.get_folder_paths("diffusion_models")]
     root = next((f for f in folders if f.name == "diffusion_models"), folders[0])
-    return root / name, str(PurePosixPath(name)) if "\\" not in str(root) else str(PureWindowsPath(name))
+    return root / name, str(Path(name))
 
 
 class Streamer:

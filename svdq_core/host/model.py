@@ -50,9 +50,8 @@ class ModelSource:
 
     def tensor(self, key: str) -> Tensor:
         full = PREFIX + key
-        backup = self.model.backup.get(full)
-        weight, _, convert = get_key_weight(self.model.model, full)
-        weight = backup.weight if backup is not None else weight  # loaded models are patched in place
+        current, _, convert = get_key_weight(self.model.model, full)
+        weight = self.unpatched(full, current)
         if convert is not None:
             weight = convert(weight)
         if isinstance(weight, QuantizedTensor):
@@ -65,6 +64,11 @@ class ModelSource:
         device = comfy.model_management.get_torch_device()
         patched = comfy.lora.calculate_weight(patches, weight.to(device, torch.float32, copy=True), full)
         return patched.to("cpu", wanted)
+
+    def unpatched(self, full_key: str, current: Tensor) -> Tensor:
+        """The weight without patches: loaded models are patched in place, and ComfyUI keeps the original."""
+        backup = self.model.backup.get(full_key)
+        return current if backup is None else backup.weight
 
     def groups(self) -> list[LayerGroup]:
         """The recipe's groups for this model."""
@@ -79,8 +83,7 @@ class ModelSource:
         digest = hashlib.sha256()
         for key, parameter in self.parameters.items():
             full = PREFIX + key
-            backup = self.model.backup.get(full)
-            raw = backup.weight if backup is not None else parameter
+            raw = self.unpatched(full, parameter)
             digest.update(repr((key, tuple(raw.shape))).encode())
             hash_nested(raw, digest.update)
             hash_nested(self.model.patches.get(full, []), digest.update)

@@ -29,9 +29,10 @@ def quantize_model(
     """
     job.settings()  # refuse nonsense before the long part
     source.groups()
-    calibration_key = key_of(source, prompts, settings)
+    fingerprint = source.fingerprint()
+    calibration_key = key_of(fingerprint, prompts, settings)
     job_key = hashlib.sha256(repr((TOOL, calibration_key, job.fmt, job.settings())).encode()).hexdigest()
-    source.origin["key"] = source.fingerprint().hex()
+    source.origin["key"] = fingerprint.hex()
     refuse_overwriting(output, source)
     if output.exists() and (report := finished_before(output, job_key)):
         shutil.rmtree(parts_folder(output), ignore_errors=True)
@@ -61,9 +62,9 @@ def quantize_model(
     return report
 
 
-def key_of(source: ModelSource, prompts: list[Conditioning], settings: CalibrationSettings) -> str:
+def key_of(fingerprint: bytes, prompts: list[Conditioning], settings: CalibrationSettings) -> str:
     """Hex digest of everything that decides what calibration sees."""
-    digest = hashlib.sha256(source.fingerprint())
+    digest = hashlib.sha256(fingerprint)
     digest.update(repr(settings).encode())
     for prompt in prompts:
         for context, options in prompt:
