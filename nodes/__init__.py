@@ -3,10 +3,17 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .loader import SVDQuantLoader
+from .lora import SVDQuantLoRA, SVDQuantLoRAStack
 from .prompts import SVDQuantPrompts
 from .quantize import SVDQuantQuantize
 
-NODES: list[type[io.ComfyNode]] = [SVDQuantLoader, SVDQuantPrompts, SVDQuantQuantize]
+NODES: list[type[io.ComfyNode]] = [
+    SVDQuantLoader,
+    SVDQuantLoRA,
+    SVDQuantLoRAStack,
+    SVDQuantPrompts,
+    SVDQuantQuantize,
+]
 
 
 class SVDQuantExtension(ComfyExtension):

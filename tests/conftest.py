@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from host.install import ROOT, host_path
 from host.server import ComfyServer
@@ -56,8 +57,6 @@ def server(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def small_flux_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small untrained FLUX as files: 16 bit (and another one), and quantized to each format."""
-    import torch
-
     import small_flux
 
     threads = torch.get_num_threads()
@@ -69,3 +68,71 @@ def small_flux_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         files[fmt] = small_flux.write(folder / f"{fmt}.safetensors", sd, small_flux.quantize(sd, fmt))
     torch.set_num_threads(threads)
     return files
+
+
+@pytest.fixture(scope="module")
+def host(comfy: ModuleType) -> Iterator[ModuleType]:
+    """ComfyUI, imported, in inference mode as when it samples."""
+    import nodes  # noqa: F401
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the small models are too small to share
+    with torch.inference_mode():
+        yield comfy
+    torch.set_num_threads(threads)
+
+
+class FakeVBAR:
+    """ComfyUI's virtual VRAM on the CPU: every weight gets its place, and what was written there stays."""
+
+    def __init__(self, size, index):
+        self.allocated = 0
+
+    def alloc(self, size):
+        self.allocated += size
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def prioritize(self):
+        pass
+
+    def loaded_size(self):
+        return 0
+
+    def free_memory(self, size):
+        return 0
+
+
+class FakeHostBuffer:
+    """Pinned memory, of which none is ever taken."""
+
+    size = 0
+
+    def __init__(self, *sizes):
+        pass
+
+
+@pytest.fixture
+def dynamic_vram(monkeypatch):
+    """ComfyUI's dynamic VRAM code with cpu:0 for a GPU; only what needs a driver is replaced."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.pinned_memory
+    import comfy_aimdo.host_buffer
+    import comfy_aimdo.model_vbar
+    import comfy_aimdo.torch
+    from comfyui_svdquant.svdq_core.host import ops
+
+    gpu, cast = torch.device("cpu:0"), comfy.ops.cast_bias_weight
+    monkeypatch.setattr(ops, "cast_bias_weight", lambda module, **kw: cast(module, **(kw | {"device": gpu})))
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: gpu)
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", FakeHostBuffer)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", FakeVBAR)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_fault", lambda place: 1)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_signature_compare", lambda a, b: a == b)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_unpin", lambda place: None)
+    monkeypatch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda place, device: place)
+    monkeypatch.setattr(comfy.pinned_memory, "get_pin", lambda module, subset="weights": None)
+    monkeypatch.setattr(comfy.pinned_memory, "pin_memory", lambda module, subset="weights", size=None: None)

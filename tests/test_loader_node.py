@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import small_flux
+from host.prompts import insert, prompt, run
 from host.server import HTTP, ComfyServer, PromptError
+from sampling import error_db
 
 
 @pytest.fixture(scope="module")
@@ -21,52 +22,6 @@ def comfyui(server: ComfyServer, small_flux_files: dict[str, Path], tmp_path_fac
     for form, path in small_flux_files.items():
         server.add_model(Path(shutil.copy(path, folder / f"small_{form}.safetensors")))
     return server
-
-
-def prompt(file: str, dtype: str = "auto", cfg: float = 1.0, steps: int = 2, denoise: float = 1.0) -> dict:
-    """Text to latent with a 64×64 picture; node ids are names."""
-    loader = {"class_type": "SVDQuantLoader", "inputs": {"unet_name": file, "dtype": dtype}}
-    clip = {"clip": ["clip", 0]}
-    return {
-        "model": loader,
-        "clip": {"class_type": "DemoTextEncoderLoader", "inputs": {}},
-        "positive": {"class_type": "CLIPTextEncode", "inputs": {**clip, "text": "large red star on blue"}},
-        "negative": {"class_type": "CLIPTextEncode", "inputs": {**clip, "text": "small"}},
-        "latent": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-        "sampler": {
-            "class_type": "KSampler",
-            "inputs": {
-                "model": ["model", 0],
-                "positive": ["positive", 0],
-                "negative": ["negative", 0],
-                "latent_image": ["latent", 0],
-                "seed": 1,
-                "steps": steps,
-                "cfg": cfg,
-                "sampler_name": "euler",
-                "scheduler": "simple",
-                "denoise": denoise,
-            },
-        },
-        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sampler", 0], "filename_prefix": "latent"}},
-    }
-
-
-def run(server: ComfyServer, graph: dict) -> Tensor:
-    """The latent that a prompt saves."""
-    (saved,) = server.run(graph)["outputs"]["save"]["latents"]
-    return load_file(server.base / saved["type"] / saved["subfolder"] / saved["filename"])["latent_tensor"]
-
-
-def error_db(found: Tensor, wanted: Tensor) -> float:
-    return float(10 * ((found.double() - wanted).square().sum() / wanted.double().square().sum()).log10())
-
-
-def insert(graph: dict, class_type: str, **inputs) -> dict:
-    """The same prompt with a node between the model and the sampler."""
-    node = {"class_type": class_type, "inputs": {"model": graph["sampler"]["inputs"]["model"], **inputs}}
-    sampler = {"class_type": "KSampler", "inputs": graph["sampler"]["inputs"] | {"model": [class_type, 0]}}
-    return graph | {class_type: node, "sampler": sampler}
 
 
 def test_what_the_ui_shows(comfyui: ComfyServer):
@@ -146,9 +101,6 @@ def test_only_offered_names_are_found(comfyui: ComfyServer, small_flux_files: di
         comfyui.run(prompt("small_int4.safetensors", dtype="fp8"))
 
 
-LORA_LAYERS = ("double_blocks.1.img_mlp.2", "double_blocks.0.txt_mod.lin", "single_blocks.0.linear1")
-
-
 def lora_file(path: Path) -> Path:
     generator = torch.Generator().manual_seed(3)
     sd = {}
@@ -189,10 +141,6 @@ def test_refusal_says_what_the_file_is(comfyui: ComfyServer, small_flux_files: d
     with pytest.raises(PromptError, match=f"(?s){message}") as caught:
         comfyui.run(prompt(file))
     assert caught.value.exception_type.endswith("SVDQuantError") and file in caught.value.message
-
-
-def with_lora(graph: dict) -> dict:
-    return insert(graph, "LoraLoaderModelOnly", lora_name="small_lora.safetensors", strength_model=0.8)
 
 
 def with_controlnet(graph: dict) -> dict:
@@ -243,17 +191,14 @@ def with_skipped_layers(graph: dict) -> dict:
 @pytest.fixture(scope="module")
 def patch_files(comfyui: ComfyServer, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("patches")
-    comfyui.add_model(lora_file(folder / "small_lora.safetensors"), "loras")
     comfyui.add_model(small_flux.write_controlnet(folder / "small_controlnet.safetensors"), "controlnet")
 
 
-@pytest.mark.parametrize("patch", [with_lora, with_controlnet, with_image, with_easycache, with_skipped_layers])
+@pytest.mark.parametrize("patch", [with_controlnet, with_image, with_easycache, with_skipped_layers])
 def test_builtin_nodes(comfyui: ComfyServer, patch_files, patch):
     """What the nodes make of the 4-bit model is what they make of its exact arithmetic."""
     quantized = prompt("small_int4.safetensors", cfg=2.0)
-    inputs = {"sixteen_bit": "small_bf16.safetensors", "quantized": "small_int4.safetensors", "plain": ""}
-    if patch is with_lora:
-        inputs["plain"] = " ".join(LORA_LAYERS)
+    inputs = {"sixteen_bit": "small_bf16.safetensors", "quantized": "small_int4.safetensors"}
     reference = quantized | {"model": {"class_type": "SVDQuantTestTwin", "inputs": inputs}}
     wanted = run(comfyui, patch(reference))
     assert error_db(run(comfyui, patch(quantized)), wanted) < -70

@@ -15,20 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import small_flux
+from sampling import (
+    assert_equal_tensors,
+    assert_same,
+    conditioning,
+    denoised,
+    error_db,
+    load,
+    loaded,
+    quantized_weights,
+    raw,
+    sample,
+    save,
+    tensors_of,
+)
 
-STEPS, TOKENS = 2, 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def host(comfy):
-    """ComfyUI, imported; every test samples as ComfyUI does, in inference mode."""
-    import nodes  # noqa: F401
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is too small to share
-    with torch.inference_mode():
-        yield comfy
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("host")
 
 
 @pytest.fixture(scope="module")
@@ -37,76 +39,14 @@ def sixteen_bit(small_flux_files) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model(small_flux_files):
+def model(host, small_flux_files):
     """The int4 model, loaded once; tests clone it."""
     return load(small_flux_files["int4"])
 
 
 @pytest.fixture(scope="module")
-def twin(small_flux_files):
+def twin(host, small_flux_files):
     return small_flux.twin(small_flux_files["bf16"], small_flux_files["int4"])
-
-
-def load(path: Path, dtype: torch.dtype | None = None):
-    from comfyui_svdquant.svdq_core.host.load import load_svdquant
-
-    return load_svdquant(path, dtype)
-
-
-def conditioning(length: int = TOKENS, seed: int = 0) -> list:
-    generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, length, small_flux.CONTEXT, generator=generator)
-    return [[context, {"pooled_output": torch.randn(1, small_flux.POOLED, generator=generator)}]]
-
-
-def sample(model, steps=STEPS, cfg=1.0, positive=None, negative=None, latent=None, denoise=1.0, batch=1) -> Tensor:
-    """What KSampler returns for a 64×64 picture (4×4 image tokens)."""
-    import nodes
-
-    latent = torch.zeros(batch, 16, 8, 8) if latent is None else latent
-    (out,) = nodes.common_ksampler(
-        model,
-        1,
-        steps,
-        cfg,
-        "euler",
-        "simple",
-        positive or conditioning(),
-        negative or conditioning(seed=1),
-        {"samples": latent},
-        denoise=denoise,
-    )
-    return out["samples"]
-
-
-def error_db(found: Tensor, wanted: Tensor) -> float:
-    return float(10 * ((found.double() - wanted).square().sum() / wanted.double().square().sum()).log10())
-
-
-def assert_same(found: Tensor, wanted: Tensor) -> None:
-    """Equal up to the order of float32 additions."""
-    assert error_db(found, wanted) < -70
-
-
-def quantized_weights(model) -> dict[str, Tensor]:
-    """A copy of everything in the quantized weights of a loaded model."""
-    weights = {}
-    for name, module in model.model.diffusion_model.named_modules():
-        if hasattr(getattr(module, "weight", None), "_qdata"):
-            weight = module.weight
-            weights |= {f"{name}.{i}": t.clone() for i, t in enumerate(weight.layout_cls.get_plain_tensors(weight))}
-    return weights
-
-
-def assert_equal_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        assert found[key].dtype == tensor.dtype and torch.equal(raw(found[key]), raw(tensor)), key
-
-
-def raw(tensor: Tensor) -> Tensor:
-    """The bytes: torch.equal does not take float8."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------
@@ -375,103 +315,7 @@ def test_sampling(model, twin, how):
         assert error_db(wanted, sample(twin)) > -40
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------
-
-# One layer of each kind: split q, k, v (diffusers' names), unsigned activations, W4A16, and one in 16 bit.
-LORA_LAYERS = {
-    "transformer.transformer_blocks.0.attn.to_k": ("double_blocks.0.img_attn.qkv", 256, 256),
-    "lora_unet_double_blocks_1_img_mlp_2": ("double_blocks.1.img_mlp.2", 256, 1024),
-    "lora_unet_single_blocks_0_linear1": ("single_blocks.0.linear1", 1792, 256),
-    "lora_unet_single_blocks_1_modulation_lin": ("single_blocks.1.modulation.lin", 768, 256),
-    "lora_unet_txt_in": (None, 256, 128),
-}
-PATCHED = tuple(layer for layer, _, _ in LORA_LAYERS.values() if layer)
-
-
-@pytest.fixture(scope="module")
-def loras(host) -> dict[str, str]:
-    """Two LoRA files where LoraLoader finds them."""
-    import folder_paths
-
-    folder = Path(folder_paths.models_dir) / "loras"
-    folder.mkdir(parents=True, exist_ok=True)
-    folder_paths.add_model_folder_path("loras", str(folder))
-    for seed, name in enumerate(("one", "two")):
-        generator = torch.Generator().manual_seed(seed)
-        sd = {}
-        for key, (_, n, k) in LORA_LAYERS.items():
-            sd[f"{key}.lora_down.weight"] = torch.randn(8, k, generator=generator) / k**0.5
-            sd[f"{key}.lora_up.weight"] = torch.randn(n, 8, generator=generator) / 8**0.5
-        save_file(sd, folder / f"{name}.safetensors")
-    return {"one": "one.safetensors", "two": "two.safetensors"}
-
-
-def with_lora(model, file: str, strength: float = 1.0):
-    import nodes
-
-    return nodes.LoraLoaderModelOnly().load_lora_model_only(model, file, strength)[0]
-
-
-@pytest.fixture(scope="module")
-def lora_twin(small_flux_files):
-    """The reference for LoRA: 16-bit linears with the effective weights where the LoRA goes."""
-    return small_flux.twin(small_flux_files["bf16"], small_flux_files["int4"], PATCHED)
-
-
-def test_lora_and_back(model, lora_twin, loras):
-    """Clones with different LoRAs take turns; without one, the 4-bit weights are back, bit for bit."""
-    plain, weights = sample(model), quantized_weights(model)
-    results = {}
-    for name in ("one", "two", "one"):
-        wanted = sample(with_lora(lora_twin, loras[name], 0.8))
-        found = sample(with_lora(model, loras[name], 0.8))
-        assert error_db(wanted, plain) > -20, "this LoRA does nothing"
-        assert_same(found, wanted)
-        assert torch.equal(results.setdefault(name, found), found)
-        blocks = model.model.diffusion_model
-        assert not hasattr(blocks.double_blocks[1].img_mlp[2].weight, "_qdata")
-        assert hasattr(blocks.double_blocks[0].img_mlp[2].weight, "_qdata")
-    assert torch.equal(sample(model), plain)
-    assert_equal_tensors(quantized_weights(model), weights)
-
-
-def test_stacked_loras(model, lora_twin, loras):
-    both = [with_lora(with_lora(each, loras["one"], 0.5), loras["two"], -0.7) for each in (model, lora_twin)]
-    assert_same(sample(both[0]), sample(both[1]))
-
-
-def test_lora_in_low_vram(model, lora_twin, loras):
-    """Nothing loaded: every weight is patched on its way, and the bias of a shifted layer is set right."""
-    wanted = sample(with_lora(lora_twin, loras["one"]))
-    plain = sample(model)
-    patched = with_lora(model, loras["one"])
-    with loaded(patched, memory=1) as each:
-        assert each.model.lowvram_patch_counter == len(LORA_LAYERS)
-        assert_same(denoised(each), denoised_of(lora_twin, loras["one"]))
-    assert_same(sample(patched), wanted)
-    assert torch.equal(sample(model), plain)
-
-
-def denoised_of(lora_twin, lora: str) -> Tensor:
-    with loaded(with_lora(lora_twin, lora), memory=1e30) as each:
-        return denoised(each)
-
-
-def test_lora_hook_is_refused(model, loras):
-    """ComfyUI's hooks write patched weights in place, which a 4-bit layer cannot take; the model stays as it was."""
-    import comfy.hooks
-    import comfy.utils
-    import folder_paths
-
-    plain, weights = sample(model), quantized_weights(model)
-    lora = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", loras["one"]))
-    patched = model.clone()
-    hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
-    positive = comfy.hooks.set_hooks_for_conditioning(conditioning(), hooks)
-    with pytest.raises(SVDQuantError, match="LoRA hooks cannot patch a 4-bit layer"):
-        sample(patched, positive=positive)
-    assert torch.equal(sample(model), plain)
-    assert_equal_tensors(quantized_weights(model), weights)
+# ---- merging -------------------------------------------------------------------------------------------
 
 
 def test_merge(small_flux_files, model):
@@ -491,32 +335,6 @@ def test_merge(small_flux_files, model):
 
 
 # ---- moving ----------------------------------------------------------------------------------------------
-
-
-class loaded:
-    """A patcher loaded with a given amount of memory for weights, outside ComfyUI's bookkeeping."""
-
-    def __init__(self, patcher, memory: float):
-        import comfy.model_management
-
-        comfy.model_management.unload_all_models()
-        self.patcher, self.memory = patcher, memory
-
-    def __enter__(self):
-        self.patcher.patch_model(self.patcher.load_device, lowvram_model_memory=self.memory)
-        return self.patcher
-
-    def __exit__(self, *exc):
-        self.patcher.detach()
-
-
-def denoised(patcher) -> Tensor:
-    """One call of the loaded model."""
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(1, 16, 8, 8, generator=generator)
-    ((context, extra),) = conditioning()
-    t = torch.tensor([0.6])
-    return patcher.model.apply_model(x, t, c_crossattn=context, y=extra["pooled_output"])
 
 
 def test_unload_and_reload(model):
@@ -613,10 +431,6 @@ def make_weight(fmt: str = "int4", rank: int = 16, dtype: torch.dtype = torch.fl
     return as_tensor(make_layer(fmt, rank), dtype)
 
 
-def tensors_of(weight) -> tuple[Tensor, ...]:
-    return weight.layout_cls.get_plain_tensors(weight)
-
-
 def assert_same_weight(found, wanted) -> None:
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
     assert len(tensors_of(found)) == len(tensors_of(wanted))
@@ -627,86 +441,23 @@ def assert_same_weight(found, wanted) -> None:
 # ---- dynamic VRAM ----------------------------------------------------------------------------------------
 
 
-class FakeVBAR:
-    """ComfyUI's virtual VRAM on the CPU: every weight gets its place, and what was written there stays."""
-
-    def __init__(self, size, index):
-        self.allocated = 0
-
-    def alloc(self, size):
-        self.allocated += size
-        return torch.zeros(size, dtype=torch.uint8)
-
-    def prioritize(self):
-        pass
-
-    def loaded_size(self):
-        return 0
-
-    def free_memory(self, size):
-        return 0
-
-
-class FakeHostBuffer:
-    """Pinned memory, of which none is ever taken."""
-
-    size = 0
-
-    def __init__(self, *sizes):
-        pass
-
-
-@pytest.fixture
-def dynamic_vram(monkeypatch):
-    """ComfyUI's dynamic VRAM code with cpu:0 for a GPU; only what needs a driver is replaced."""
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.ops
-    import comfy.pinned_memory
-    import comfy_aimdo.host_buffer
-    import comfy_aimdo.model_vbar
-    import comfy_aimdo.torch
-    from comfyui_svdquant.svdq_core.host import ops
-
-    gpu, cast = torch.device("cpu:0"), comfy.ops.cast_bias_weight
-    monkeypatch.setattr(ops, "cast_bias_weight", lambda module, **kw: cast(module, **(kw | {"device": gpu})))
-    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
-    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: gpu)
-    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
-    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", FakeHostBuffer)
-    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", FakeVBAR)
-    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_fault", lambda place: 1)
-    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_signature_compare", lambda a, b: a == b)
-    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_unpin", lambda place: None)
-    monkeypatch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda place, device: place)
-    monkeypatch.setattr(comfy.pinned_memory, "get_pin", lambda module, subset="weights": None)
-    monkeypatch.setattr(comfy.pinned_memory, "pin_memory", lambda module, subset="weights", size=None: None)
-
-
 @pytest.fixture(scope="module")
-def expected(model, lora_twin, loras):
-    """One call of the model, plain and with a LoRA, as normal loading gives it."""
+def expected(model):
+    """One call of the model as normal loading gives it."""
     with loaded(model, 1e30) as each:
-        plain = denoised(each)
-    return plain, denoised_of(lora_twin, loras["one"])
+        return denoised(each)
 
 
-def test_dynamic_vram(expected, dynamic_vram, small_flux_files, loras):
-    """The first call copies weights in, the second finds them there; a LoRA does not stay behind."""
-    plain, patched = expected
+def test_dynamic_vram(expected, dynamic_vram, small_flux_files):
+    """The first call copies weights in, the second finds them there."""
     model = load(small_flux_files["int4"])
     assert model.is_dynamic()
     layer = model.model.diffusion_model.double_blocks[1].img_mlp[2]
-    for lora in (False, True, False):
-        each = with_lora(model, loras["one"]) if lora else model
-        each.load(each.load_device, dirty=True)
-        assert layer._v.numel() >= sum(t.nbytes for t in tensors_of(layer.weight))
-        for resident in (False, True):
-            assert (layer._v_signature == 1) == resident
-            if lora:
-                assert_same(denoised(each), patched)
-            else:
-                assert torch.equal(denoised(each), plain)
+    model.partially_load(model.load_device)
+    assert layer._v.numel() >= sum(t.nbytes for t in tensors_of(layer.weight))
+    for resident in (False, True):
+        assert (layer._v_signature == 1) == resident
+        assert torch.equal(denoised(model), expected)
     model.unpatch_model(model.offload_device)
     fixed = model.clone(disable_dynamic=True)  # what TorchCompileModel takes: the file is loaded again
     assert not fixed.is_dynamic() and fixed.model is not model.model
@@ -785,15 +536,6 @@ def test_importing_twice_is_safe(host, tmp_path):
 # ---- saving ----------------------------------------------------------------------------------------------
 
 
-def save(model, name: str) -> Path:
-    """ModelSave's file."""
-    import folder_paths
-    from comfy_extras.nodes_model_merging import ModelSave
-
-    ModelSave().save(model, name)
-    return Path(folder_paths.get_output_directory()) / f"{name}_00001_.safetensors"
-
-
 def test_model_save(model):
     weights, wanted = quantized_weights(model), sample(model)
     again = load(save(model, "saved"))
@@ -809,22 +551,9 @@ def test_model_save_while_offloaded(model, tmp_path):
     with loaded(model, 1) as each:
         sd = each.state_dict_for_saving()
         lazy = {k: t for k, t in sd.items() if type(t).__name__ == "LazyCastingParamPiece"}
-        assert len(lazy) > 2 * len(PATCHED)
+        assert len(lazy) > 10
         comfy.utils.save_torch_file(sd, str(tmp_path / "saved.safetensors"), metadata={})
     assert_equal_tensors(quantized_weights(load(tmp_path / "saved.safetensors")), weights)
-
-
-def test_model_save_with_lora(model, small_flux_files, loras):
-    """A patched layer is saved in 16 bit, with the bias that suits it."""
-    patched = with_lora(model, loras["one"])
-    wanted = sample(patched)
-    path = save(patched, "with_lora")
-    every = small_flux.quantized_layers(small_flux_files["int4"])
-    assert small_flux.quantized_layers(path).keys() == every.keys() - {*PATCHED}
-    assert_same(sample(load(path)), wanted)
-    with loaded(patched, 1) as each, pytest.raises(SVDQuantError, match="Save the model without the LoRA"):
-        sd = each.state_dict_for_saving()
-        sd["model.diffusion_model.single_blocks.0.linear1.weight"].to("cpu")
 
 
 def quantized_weights_of(model) -> list[str]:

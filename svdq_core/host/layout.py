@@ -151,6 +151,16 @@ def product(x: Any, weight: Any, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
+def widen(weight: QuantizedTensor, up: Tensor, down: Tensor) -> QuantizedTensor:
+    """``weight + up down`` with ``up (N, R)``, ``down (R, K)``: both join the branch, the codes are shared."""
+    params = weight._params
+    if params.proj_down is not None:
+        down, up = torch.cat([params.proj_down, down.t()], dim=1), torch.cat([params.proj_up, up], dim=1)
+    else:
+        down = down.t()
+    return QuantizedTensor(weight._qdata, LAYOUT, replace(params, proj_down=down, proj_up=up))
+
+
 def handle_linear(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return linear(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
 
@@ -164,6 +174,8 @@ def handle_mm(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def handle_addmm(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if is_quantized(args[0]) and not kwargs:
+        return widen(*args)
     if kwargs:  # beta and alpha have no quantized form
         return torch.addmm(*dequantize_args(args), **kwargs)
     return product(args[1], args[2], args[0])

@@ -16,6 +16,7 @@ from ..checkpoint import read_checkpoint
 from ..errors import SVDQuantError
 from ..linear import QuantizedLinear
 from .ops import SVDQuantOps
+from .patcher import adopt
 
 
 def lazy_piece(cls: Any, caster: Any, state_dict_key: str, tensor: Tensor) -> Any:
@@ -56,7 +57,7 @@ def load_svdquant(path: str | os.PathLike[str], dtype: torch.dtype | None = None
     )
     patcher.model.manual_cast_dtype = compute_dtype or weight_dtype
     patcher.cached_patcher_init = (load_svdquant, (path, dtype))
-    return patcher
+    return adopt(patcher)
 
 
 def parameters(state_dict: dict[str, Tensor]) -> int:

@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import comfy.lora
 import comfy.ops
+import torch
 from comfy.ops import cast_bias_weight, run_every_op, uncast_bias_weight
 from torch import Tensor, nn
 
+from ..adapters import Adapters
 from ..errors import SVDQuantError
 from ..linear import QuantizedLinear
+from .adapters import Patch, build
 from .layout import as_linear, as_tensor, is_quantized, shift_bias
 
 DISK_NAMES = ("weight_scale", "weight_scale_2", "weight_zero", "smooth_factor", "proj_down", "proj_up", "comfy_quant")
@@ -33,8 +37,12 @@ class Linear(comfy.ops.manual_cast.Linear):
         self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = dtype
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
+        self.quantized = False  # whether the file has this layer in 4 bit, whatever patches make of it
         self.shift: Tensor | None = None
         self.weight_patch: Any = None
+        self.adapters: Adapters | None = None
+        self.patches: list[Patch] = []
+        self.adapted_as: Any = None
 
     def __getattr__(self, name: str) -> Any:
         """ComfyUI takes every key of the state dict for an attribute when it merges models."""
@@ -63,6 +71,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         if f"{prefix}comfy_quant" in state_dict:
             weight = as_tensor(QuantizedLinear.from_state_dict(state_dict, prefix), self.weight_comfy_model_dtype)
             known |= {*DISK_NAMES}
+            self.quantized = True
         else:
             if bias is None and self.has_bias:
                 missing_keys.append(f"{prefix}bias")
@@ -107,12 +116,70 @@ class Linear(comfy.ops.manual_cast.Linear):
             weight = self.weight_patch(weight.dequantize())
         if not is_quantized(weight):
             weight, bias = weight.to(x.dtype), self.plain_bias(bias, x)
-        y = nn.functional.linear(x, weight, bias)
+        y = self.adapted(self.adapters, x, weight, bias) if self.adapters else nn.functional.linear(x, weight, bias)
         uncast_bias_weight(self, weight, bias, stream)
         return y
 
-    # Patches: the 4-bit weight is never requantized. A patched layer holds a 16-bit weight instead, and ComfyUI
-    # keeps the 4-bit one to put back.
+    # Adapters: LoRA and its kin beside the 4-bit weight.
+
+    def set_patches(self, key: str, patches: list[Patch], like: Tensor) -> None:
+        """Take the place of all adapters; those for ``patches`` are made on ``like``'s device, in its dtype.
+
+        The same patches again cost nothing.
+        """
+        made_of = [(strength, id(value), offset) for strength, value, _, offset, _ in patches]
+        if (made_of, like.device, like.dtype) == self.adapted_as:
+            return
+        self.drop_adapters()
+        if patches:
+            self.patches, self.adapted_as = patches, (made_of, like.device, like.dtype)
+            shape = (self.out_features, self.in_features)
+            self.adapters = build(key, patches, lambda: self.effective_weight().to(like.device), shape, like)
+
+    def drop_adapters(self) -> None:
+        """Free their memory."""
+        self.patches, self.adapted_as, self.adapters = [], None, None
+
+    def adapted(self, adapters: Adapters, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        """:meth:`forward` with adapters; low rank is part of the weight's own branch."""
+        if adapters.branch is not None:
+            up, down = (t.to(x.device, x.dtype) for t in (adapters.branch.up, adapters.branch.down))
+            weight = torch.addmm(weight, up, down)
+        if not adapters.others:
+            return nn.functional.linear(x, weight, bias)
+        outside = None  # a bias that is not adapted with the weight's output
+        if not adapters.additive:
+            outside = self.plain_bias(bias, x) if is_quantized(weight) else bias
+
+        def f(rows: Tensor) -> Tensor:
+            y = nn.functional.linear(rows, weight, bias)
+            return y if outside is None else y - outside
+
+        y = adapters(f, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return y if outside is None else y + outside
+
+    def effective_weight(self) -> Tensor:
+        """(N, K) float32, without adapters."""
+        return as_linear(self.weight._qdata, self.weight._params).dequantized_weight()
+
+    def wider_branch(self) -> dict[str, Tensor] | None:
+        """The branch with the adapters in it, by its names on disk; None where they, or the format, do not allow it."""
+        params, adapters = self.weight._params, self.adapters
+        if adapters is None or adapters.branch is None or adapters.others or params.proj_down is None:
+            return None
+        wider: Any = torch.addmm(self.weight.cpu(), adapters.branch.up.cpu(), adapters.branch.down.cpu())
+        tensors = {name: getattr(wider._params, name) for name in ("proj_down", "proj_up")}
+        return {name: tensor.to(params.scale.dtype).contiguous() for name, tensor in tensors.items()}
+
+    def merged(self) -> dict[str, Tensor]:
+        """The layer with its adapters in 16 bit; its bias only where it is not as on disk."""
+        weight = comfy.lora.calculate_weight(self.patches, self.effective_weight().cpu(), "")
+        shift = shift_bias(self.weight)
+        bias = {} if shift is None else {"bias": self.plain_bias(self.bias, self.bias)}
+        return {"weight": weight.to(self.weight.dtype), **bias}
+
+    # Merges and other patches that cannot stay beside: the 4-bit weight is never requantized. The layer holds a
+    # 16-bit weight instead, and ComfyUI keeps the 4-bit one to put back.
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
         """What a patch is added to: the effective weight, in the dtype asked for."""
@@ -130,9 +197,9 @@ class Linear(comfy.ops.manual_cast.Linear):
         patched = weight.to(self.weight.dtype)
         if is_quantized(self.weight):
             if return_weight:
-                raise SVDQuantError("Cannot save a 4-bit layer with a LoRA on it. Save the model without the LoRA.")
+                raise SVDQuantError("Cannot save a merge with a 4-bit layer that is not loaded. Merge 16-bit models.")
             if inplace_update:
-                raise SVDQuantError("LoRA hooks cannot patch a 4-bit layer. Apply the LoRA with a loader node.")
+                raise SVDQuantError("This hook cannot patch a 4-bit layer: only LoRAs can be scheduled on it.")
             self.shift = shift_bias(self.weight)
         elif inplace_update:
             self.weight.data.copy_(patched)

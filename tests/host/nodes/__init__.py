@@ -58,18 +58,18 @@ class SVDQuantTestTwin(io.ComfyNode):
         return io.Schema(
             node_id="SVDQuantTestTwin",
             category="SVDQuant/tests",
-            inputs=[io.String.Input("sixteen_bit"), io.String.Input("quantized"), io.String.Input("plain", default="")],
+            inputs=[io.String.Input("sixteen_bit"), io.String.Input("quantized")],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, sixteen_bit: str, quantized: str, plain: str) -> io.NodeOutput:
+    def execute(cls, sixteen_bit: str, quantized: str) -> io.NodeOutput:
         source = Path(__file__).resolve().parents[2] / "small_flux.py"
         spec = importlib.util.spec_from_file_location("small_flux", source)
         small_flux = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(small_flux)
         files = [folder_paths.get_full_path_or_raise("diffusion_models", name) for name in (sixteen_bit, quantized)]
-        return io.NodeOutput(small_flux.twin(*map(Path, files), plain.split()))
+        return io.NodeOutput(small_flux.twin(*map(Path, files)))
 
 
 class TestNodes(ComfyExtension):

@@ -1,0 +1,139 @@
+"""A LoRA file as patches of a model, with a report of what applies: no key is dropped without a word."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+import torch
+from comfy.model_management import get_torch_device, throw_exception_if_processing_interrupted
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..errors import SVDQuantError
+from ..lora_files import describe_adapters, foreign_architecture, read_lora
+from .adapters import check, difference, fits_beside, reduced, translate
+from .layout import is_quantized
+
+CACHED_FILES = 8
+NOT_LOADED = "lora key not loaded: "
+TEXT_ENCODER = re.compile(r"(lora_te\d?_|lora_prior_te_|text_encoders?[._]|t5xxl|clip_[lgh])")
+
+
+@dataclass
+class LoraPatches:
+    """What a LoRA file does to a model: ``patches`` for ``add_patches``, and what is worth telling."""
+
+    name: str
+    patches: dict[Any, Any]
+    kinds: dict[str, int]
+    keys: int
+    unused: list[str] = field(default_factory=list)
+    energies: list[float] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """In words, for the node and the log."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        lines = [f"{self.name}: {self.keys - len(self.unused)} of {self.keys} keys apply ({kinds})."]
+        if self.energies:
+            lines.append(
+                f"{len(self.energies)} full-size updates were reduced to low rank and keep "
+                f"{100 * min(self.energies):.1f} % or more of their energy. A higher rank keeps more."
+            )
+        text = [key for key in self.unused if TEXT_ENCODER.match(key)]
+        rest = [key for key in self.unused if not TEXT_ENCODER.match(key)]
+        if text:
+            lines.append(f"{len(text)} keys are for the text encoder: apply them with Load LoRA and its CLIP.")
+        if rest:
+            lines.append(f"{len(rest)} keys belong to no layer of this model and are not used: {', '.join(rest)}")
+        return "\n".join(lines)
+
+
+def load_lora(model: ModelPatcher, path: Path, rank: int) -> LoraPatches:
+    """The patches of a file for ``model``. Updates of quantized layers that have no low rank get ``rank``.
+
+    :class:`SVDQuantError` for a file that cannot be read, is for another architecture or for other layer sizes.
+    """
+    stat = path.stat()
+    tensors = read_cached(path, stat.st_mtime_ns, stat.st_size)
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    with keys_not_loaded() as unused:
+        patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), key_map)
+    if not patches:
+        raise SVDQuantError(f"{path.name}: {why_nothing_applies([*tensors], model)}")
+    lora = LoraPatches(path.name, patches, describe_adapters(tensors), len(tensors), unused)
+    progress = None
+    for index, target in enumerate(patches):
+        throw_exception_if_processing_interrupted()
+        key, offset = (target, None) if isinstance(target, str) else target[:2]
+        weight = comfy.utils.get_attr(model.model, key)
+        check_shape(path.name, key, patches[target], weight, offset)
+        if is_quantized(weight) and fits_beside((1.0, patches[target], 1.0, offset, None)):
+            patches[target], energy = reduced(patches[target], rank, get_torch_device())
+            if energy is not None:
+                progress = progress or comfy.utils.ProgressBar(len(patches))
+                progress.update_absolute(index + 1)
+                lora.energies.append(energy)
+    return lora
+
+
+@lru_cache(maxsize=CACHED_FILES)
+def read_cached(path: Path, modified: int, size: int) -> dict[str, Tensor]:
+    """The file's tensors; another strength or a switch back does not read it again."""
+    return read_lora(path)[0]
+
+
+@contextmanager
+def keys_not_loaded() -> Iterator[list[str]]:
+    """Collect the keys that ComfyUI logs as not loaded, a line each, instead of logging them."""
+    keys: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message.startswith(NOT_LOADED):
+            keys.append(message.removeprefix(NOT_LOADED))
+        return not message.startswith(NOT_LOADED)
+
+    logger = logging.getLogger()
+    logger.addFilter(collect)
+    try:
+        yield keys
+    finally:
+        logger.removeFilter(collect)
+
+
+def why_nothing_applies(keys: list[str], model: ModelPatcher) -> str:
+    """In plain words."""
+    name = type(model.model).__name__
+    if all(TEXT_ENCODER.match(key) for key in keys):
+        return "this LoRA is for the text encoder alone. Apply it with Load LoRA and its CLIP."
+    if family := foreign_architecture(keys):
+        return f"this LoRA is for {family}, the model is {name}. Choose a LoRA made for this model."
+    return f"none of its {len(keys)} keys belongs to this model ({name}). The first are: {', '.join(sorted(keys)[:4])}."
+
+
+def check_shape(name: str, key: str, value: Any, weight: Tensor, offset: Any) -> None:
+    """Raise :class:`SVDQuantError` for a patch that is made for a weight of another shape."""
+    if not fits_beside((1.0, value, 1.0, offset, None)) or weight.dim() != 2:
+        return  # ComfyUI's own business
+    part = [*weight.shape]
+    if offset is not None:
+        part[offset[0]] = offset[2]
+    meta = torch.device("meta")
+    try:
+        diff = difference(value)
+        if diff is not None:
+            check(diff.shape, tuple(part))
+        else:
+            translate(value, 1.0, (part[0], part[1]), lambda: torch.empty(part, device=meta), meta)
+    except (RuntimeError, ValueError) as error:
+        raise SVDQuantError(
+            f"{name}: {key} does not fit: {error}. This LoRA was made for a model of another size or kind."
+        ) from None

@@ -1,0 +1,466 @@
+"""LoRA in the runtime: on the low-rank branch of a 4-bit FLUX in a real ComfyUI, by ComfyUI's own nodes.
+
+The reference is `small_flux.twin` (exact 4-bit arithmetic in ComfyUI's 16-bit model), where the quantized linears
+have the LoRA in their branches as the formula says, and ComfyUI patches the 16-bit ones. The arithmetic of both is
+the same to the last bit: otherwise one activation that rounds the other way would grow into another picture.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_svdquant.svdq_core import QuantizedLinear, SVDQuantError
+from safetensors.torch import save_file
+from torch import Tensor
+
+import small_flux
+from sampling import (
+    assert_equal_tensors,
+    assert_same,
+    conditioning,
+    denoised,
+    error_db,
+    load,
+    loaded,
+    quantized_weights,
+    sample,
+    save,
+)
+
+pytestmark = pytest.mark.usefixtures("host")
+
+# Split q, k, v and pieces of the single blocks (diffusers' names), unsigned activations, W4A16, and a 16-bit layer.
+# key in the file: layer, rows, columns (slices of the weight)
+LAYERS = {
+    "transformer.transformer_blocks.0.attn.to_k": ("double_blocks.0.img_attn.qkv", (256, 512), (0, 256)),
+    "transformer.transformer_blocks.0.attn.to_v": ("double_blocks.0.img_attn.qkv", (512, 768), (0, 256)),
+    "lora_unet_double_blocks_1_img_mlp_2": ("double_blocks.1.img_mlp.2", (0, 256), (0, 1024)),
+    "transformer.single_transformer_blocks.0.proj_mlp": ("single_blocks.0.linear1", (768, 1792), (0, 256)),
+    "lora_unet_single_blocks_1_linear1": ("single_blocks.1.linear1", (0, 1792), (0, 256)),
+    "transformer.single_transformer_blocks.1.proj_out": ("single_blocks.1.linear2", (0, 256), (0, 1280)),
+    "diffusion_model.single_blocks.1.modulation.lin": ("single_blocks.1.modulation.lin", (0, 768), (0, 256)),
+    "lora_unet_txt_in": ("txt_in", (0, 256), (0, 128)),
+}
+BRANCHED = {layer for layer, _, _ in LAYERS.values()} - {"txt_in"}
+RANK, ALPHA = 8, 4.0
+
+
+@pytest.fixture(scope="module")
+def model(host, small_flux_files):
+    """The int4 model, loaded once; tests clone it."""
+    return load(small_flux_files["int4"])
+
+
+@pytest.fixture(scope="module")
+def loras(host) -> dict[str, dict[str, Tensor]]:
+    """Two LoRA files where LoraLoader finds them, and what is in them."""
+    return {name: write_lora(name, seed) for seed, name in enumerate(("one", "two"))}
+
+
+def lora_folder() -> Path:
+    import folder_paths
+
+    folder = Path(folder_paths.models_dir) / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder_paths.add_model_folder_path("loras", str(folder))
+    return folder
+
+
+def write_lora(name: str, seed: int, keys: tuple[str, ...] = (*LAYERS,)) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sd = {}
+    for key in keys:
+        _, rows, columns = LAYERS[key]
+        n, k = rows[1] - rows[0], columns[1] - columns[0]
+        sd[f"{key}.lora_down.weight"] = torch.randn(RANK, k, generator=generator) / k**0.5
+        sd[f"{key}.lora_up.weight"] = torch.randn(n, RANK, generator=generator)
+        sd[f"{key}.alpha"] = torch.tensor(ALPHA)
+    save_file(sd, lora_folder() / f"{name}.safetensors")
+    return sd
+
+
+def with_lora(model, name: str, strength: float = 1.0):
+    """ComfyUI's own node."""
+    import nodes
+
+    return nodes.LoraLoaderModelOnly().load_lora_model_only(model, f"{name}.safetensors", strength)[0]
+
+
+WEIGHTS = {key.removesuffix(".weight"): tuple(t.shape) for key, t in small_flux.state_dict(2, 2).items()}
+
+
+@pytest.fixture(scope="module")
+def reference(host, small_flux_files, loras):
+    """reference(one=0.5, ...): the twin with those LoRAs, strengths by name."""
+
+    def build(**strengths: float):
+        twin = small_flux.twin(small_flux_files["bf16"], small_flux_files["int4"])
+        layers = small_flux.quantized_layers(small_flux_files["int4"])
+        for name, strength in strengths.items():
+            twin = with_lora(twin, name, strength)
+            for key, (layer, rows, columns) in LAYERS.items():
+                if layer in layers:
+                    widen(layers[layer], loras[name], key, strength, rows, columns)
+        for name, layer in layers.items():
+            twin.model.diffusion_model.get_submodule(name).forward = layer.forward
+        return twin
+
+    return build
+
+
+def widen(layer: QuantizedLinear, lora: dict[str, Tensor], key: str, strength: float, rows, columns) -> None:
+    """``proj_down' = [proj_down, A]``, ``proj_up' = [proj_up, s B]`` with zeros outside the slice."""
+    n, k = layer.shape
+    up, down = torch.zeros(n, RANK), torch.zeros(k, RANK)
+    up[slice(*rows)] = strength * ALPHA / RANK * lora[f"{key}.lora_up.weight"]
+    down[slice(*columns)] = lora[f"{key}.lora_down.weight"].t()
+    layer.proj_up = up if layer.proj_up is None else torch.cat([layer.proj_up, up], dim=1)
+    layer.proj_down = down if layer.proj_down is None else torch.cat([layer.proj_down, down], dim=1)
+
+
+# ---- attach, change, remove ------------------------------------------------------------------------------
+
+
+def test_lora_and_back(model, reference, loras):
+    """Clones with different LoRAs take turns; the 4-bit weights are never touched, and without one all is as it was."""
+    plain, weights = sample(model), quantized_weights(model)
+    results = {}
+    for name in ("one", "two", "one"):
+        wanted, found = sample(reference(**{name: 0.8})), sample(with_lora(model, name, 0.8))
+        assert error_db(wanted, plain) > -20, "this LoRA does nothing"
+        assert_same(found, wanted)
+        assert torch.equal(results.setdefault(name, found), found)
+        assert_equal_tensors(quantized_weights(model), weights)
+    assert torch.equal(sample(model), plain)
+    assert not any(getattr(m, "adapters", None) for m in model.model.modules())
+
+
+@pytest.mark.parametrize("strength", [-1.0, 0.5, 1.5])
+def test_strength(model, reference, loras, strength):
+    assert_same(sample(with_lora(model, "one", strength)), sample(reference(one=strength)))
+
+
+def test_strength_zero_is_no_lora(model, loras):
+    """LoraLoader passes the model on; other nodes may add patches of strength 0."""
+    plain, patched = sample(model), with_lora(model, "one", 1.0)
+    for key, patches in patched.patches.items():
+        patched.patches[key] = [(0.0, *patch[1:]) for patch in patches]
+    assert torch.equal(sample(patched), plain)
+
+
+def test_two_loras(model, reference, loras):
+    both = with_lora(with_lora(model, "one", 0.5), "two", -0.75)
+    assert_same(sample(both), sample(reference(one=0.5, two=-0.75)))
+
+
+def test_clones_take_turns_without_moving_a_weight(model, loras, monkeypatch):
+    """Attaching and changing a LoRA on quantized layers alone unloads nothing, and the codes stay where they are."""
+    from comfy.model_patcher import ModelPatcher
+
+    keys = tuple(key for key, (layer, _, _) in LAYERS.items() if layer in BRANCHED)
+    write_lora("blocks", 5, keys)
+    plain = sample(model)
+    places = [m.weight.data_ptr() for m in model.model.modules() if getattr(m, "quantized", False)]
+    unpatch, unpatched = ModelPatcher.unpatch_model, []
+
+    def spy(self, device_to=None, unpatch_weights=True):
+        unpatched.append(unpatch_weights)
+        return unpatch(self, device_to, unpatch_weights)
+
+    monkeypatch.setattr(ModelPatcher, "unpatch_model", spy)
+    weak, strong = with_lora(model, "blocks", 0.3), with_lora(model, "blocks", 1.0)
+    assert weak.patches_uuid == model.patches_uuid and not weak.clone_has_same_weights(strong)
+    assert weak.clone_has_same_weights(weak.clone())
+    first = sample(weak), sample(strong)
+    assert torch.equal(sample(weak), first[0]) and torch.equal(sample(strong), first[1])
+    assert torch.equal(sample(model), plain) and error_db(first[0], first[1]) > -40
+    assert unpatched and not any(unpatched)
+    assert places == [m.weight.data_ptr() for m in model.model.modules() if getattr(m, "quantized", False)]
+
+
+def test_unload_and_reload(model, loras):
+    import comfy.model_management
+
+    patched = with_lora(model, "one")
+    first = sample(patched)
+    comfy.model_management.unload_all_models()
+    assert not any(getattr(m, "adapters", None) for m in model.model.modules()), "adapters stay on the GPU"
+    assert torch.equal(sample(patched), first)
+
+
+def test_memory_estimate_counts_the_lora(model, loras):
+    patched, shape = with_lora(model, "one"), [1, 16, 8, 8]
+    layers = [key for key, (layer, _, _) in LAYERS.items() if layer in BRANCHED]
+    bytes_ = sum(t.nbytes for k, t in loras["one"].items() if k.endswith(".weight") and k.startswith(tuple(layers)))
+    assert bytes_ <= patched.memory_required(shape) - model.memory_required(shape) < 1.3 * bytes_
+
+
+# ---- low VRAM --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [1, 2e6, 1e30])
+def test_partly_loaded(model, reference, loras, memory):
+    """With few or no weights on the device; one 16-bit layer takes ComfyUI's own patches."""
+    with loaded(reference(one=1.0), 1e30) as each:
+        wanted = denoised(each)
+    with loaded(with_lora(model, "one"), memory) as each:
+        assert each.model.lowvram_patch_counter <= 1
+        assert_same(denoised(each), wanted)
+        each.partially_unload(each.offload_device, 1e30)
+        assert_same(denoised(each), wanted)
+
+
+@pytest.fixture(scope="module")
+def expected(model, reference, loras):
+    """One call of the model, plain and with a LoRA, as normal loading gives it."""
+    results = []
+    for each in (model, reference(one=1.0)):
+        with loaded(each, 1e30):
+            results.append(denoised(each))
+    return results
+
+
+def test_dynamic_vram(expected, dynamic_vram, small_flux_files, loras):
+    """Quantized weights that are on the device stay there when a LoRA comes and goes."""
+    plain, patched = expected
+    write_lora("blocks", 0, tuple(key for key, (layer, _, _) in LAYERS.items() if layer in BRANCHED))
+    model = load(small_flux_files["int4"])
+    assert model.is_dynamic()
+    layer = model.model.diffusion_model.double_blocks[1].img_mlp[2]
+    for name in (None, "one", None, "blocks", None):
+        each = with_lora(model, name) if name else model
+        assert each.is_dynamic()
+        before = getattr(layer, "_v_signature", None)
+        each.partially_load(each.load_device)
+        if name == "blocks":
+            assert layer._v_signature == before == 1
+        for _ in range(2):
+            if name == "one":
+                assert_same(denoised(each), patched)
+            elif name is None:
+                assert torch.equal(denoised(each), plain)
+    model.unpatch_model(model.offload_device)
+
+
+def test_delegate_of_dynamic_vram_keeps_the_class(dynamic_vram, small_flux_files):
+    """What ComfyUI makes for hooks and torch.compile."""
+    from comfyui_svdquant.svdq_core.host.patcher import BesidePatcher
+
+    delegate = load(small_flux_files["int4"]).get_non_dynamic_delegate()
+    assert isinstance(delegate, BesidePatcher) and not delegate.is_dynamic()
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------
+
+
+def hooked(name: str, *keyframes: tuple[float, float]) -> list:
+    """A conditioning with a LoRA hook; keyframes are (strength, from which share of the steps on)."""
+    import comfy.hooks
+    import comfy.utils
+
+    lora = comfy.utils.load_torch_file(str(lora_folder() / f"{name}.safetensors"))
+    hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    if keyframes:
+        group = comfy.hooks.HookKeyframeGroup()
+        for strength, start in keyframes:
+            group.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+        hooks.set_keyframes_on_hooks(group)
+    return comfy.hooks.set_hooks_for_conditioning(conditioning(), hooks)
+
+
+def test_lora_hook(model, loras):
+    """The whole time: as LoraLoader. On the positive prompt alone: the other stays without."""
+    plain, patched = sample(model), sample(with_lora(model, "one"))
+    assert_same(sample(model.clone(), positive=hooked("one")), patched)
+    one_step = {"steps": 1, "cfg": 3.0}
+    mixed = sample(model.clone(), positive=hooked("one"), **one_step)
+    positive = sample(with_lora(model, "one"), steps=1)
+    negative = sample(model, steps=1, positive=conditioning(seed=1))
+    assert_same(mixed, negative + 3 * (positive - negative))
+    assert torch.equal(sample(model), plain)
+
+
+def test_scheduled_lora(model, loras):
+    """Two steps: the LoRA comes after the first. So the first is the plain model's, the second the other's."""
+    steps = []
+
+    def record(patcher):
+        patcher.set_model_sampler_post_cfg_function(
+            lambda args: steps.append(args["denoised"].clone()) or args["denoised"]
+        )
+        return patcher
+
+    sample(record(model.clone()))
+    sample(record(model.clone()), positive=hooked("one", (0.0, 0.0), (1.0, 0.4)))
+    plain, scheduled = steps[:2], steps[2:]
+    assert torch.equal(plain[0], scheduled[0]) and error_db(scheduled[1], plain[1]) > -40
+    steps.clear()
+    sample(record(model.clone()), positive=hooked("one", (1.0, 0.0), (0.0, 0.4)))
+    sample(record(with_lora(model, "one")))
+    assert_same(steps[0], steps[2])
+    assert error_db(steps[1], steps[3]) > -40
+
+
+# ---- together with others --------------------------------------------------------------------------------
+
+
+def test_merge_of_a_model_with_lora(model, small_flux_files, reference, loras):
+    """A merge cannot stay beside the codes: the layer is 16 bit for as long, the LoRA in it."""
+    import comfy.sd
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    other = comfy.sd.load_diffusion_model(str(small_flux_files["other"]))
+    every = tuple(small_flux.quantized_layers(small_flux_files["int4"]))
+    twin = small_flux.twin(small_flux_files["bf16"], small_flux_files["int4"], every)
+    plain = sample(model)
+    results = [sample(ModelMergeSimple().merge(with_lora(each, "one", 0.5), other, 0.6)[0]) for each in (model, twin)]
+    assert_same(*results)
+    results = [sample(with_lora(ModelMergeSimple().merge(each, other, 0.6)[0], "one", 0.5)) for each in (model, twin)]
+    assert_same(*results)
+    assert torch.equal(sample(model), plain)
+
+
+def test_bias_and_norm_differences(model, small_flux_files):
+    """They take ComfyUI's path: also the bias of a layer that shifts its input."""
+    generator = torch.Generator().manual_seed(3)
+    names = ("double_blocks.1.img_mlp.2", "single_blocks.0.linear1")
+    sd = {f"diffusion_model.{name}.diff_b": torch.randn(WEIGHTS[name][0], generator=generator) for name in names}
+    norm = "double_blocks.0.img_attn.norm.key_norm.weight"
+    sd[f"diffusion_model.{norm.removesuffix('.weight')}.w_norm"] = torch.randn(128, generator=generator)
+    save_file(sd, lora_folder() / "biases.safetensors")
+    layers = small_flux.quantized_layers(small_flux_files["int4"])
+    before = model.model.diffusion_model.get_parameter(norm).clone()
+    for memory in (1e30, 1):
+        with loaded(with_lora(model, "biases", 0.7), memory) as each:
+            for name in names:
+                x = torch.randn(3, WEIGHTS[name][1], generator=generator)
+                wanted = layers[name].forward(x) + 0.7 * sd[f"diffusion_model.{name}.diff_b"]
+                found = each.model.diffusion_model.get_submodule(name)(x)
+                assert error_db(found, wanted) < -55  # the bias is kept in bf16
+            if memory > 1:
+                found = each.model.diffusion_model.get_parameter(norm) - before
+                assert_same(found, 0.7 * sd[f"diffusion_model.{norm.removesuffix('.weight')}.w_norm"])
+
+
+def test_bypass_loader(model, loras):
+    """ComfyUI's LoraLoaderBypass wraps the linears; what it cannot do (slices) is left out of the file."""
+    import comfy.sd
+
+    keys = ("lora_unet_double_blocks_1_img_mlp_2", "lora_unet_single_blocks_1_linear1")
+    sd = write_lora("whole", 8, keys)
+    results = []
+    for each in (comfy.sd.load_bypass_lora_for_models(model, None, sd, 0.8, 0)[0], with_lora(model, "whole", 0.8)):
+        with loaded(each, 1e30):
+            modules = [each.model.diffusion_model.get_submodule(LAYERS[key][0]) for key in keys]
+            results.append([m(torch.arange(2.0 * m.in_features).view(2, -1).sin()) for m in modules])
+    for bypass, branch in zip(*results):
+        assert_same(branch, bypass)
+
+
+def test_shape_that_does_not_fit(model, loras, caplog):
+    """As in ComfyUI: named in the log, and the rest applies."""
+    key = "lora_unet_single_blocks_1_linear1"
+    wrong = write_lora("wrong", 0, (key,))
+    wrong[f"{key}.lora_down.weight"] = torch.randn(RANK, 100)
+    save_file(wrong, lora_folder() / "wrong.safetensors")
+    assert torch.equal(sample(with_lora(model, "wrong")), sample(model))
+    assert "single_blocks.1.linear1.weight" in caplog.text and "(1792, 100)" in caplog.text
+
+
+def test_full_size_difference(model, caplog):
+    """Reduced to rank 128; the log says how much of it that keeps. 16-bit layers take it whole."""
+    generator = torch.Generator().manual_seed(4)
+    layer, n, k = "single_blocks.1.linear1", 1792, 256
+    low = torch.randn(n, 100, generator=generator) @ torch.randn(100, k, generator=generator) / k
+    save_file({f"diffusion_model.{layer}.diff": low}, lora_folder() / "diff.safetensors")
+    save_file({f"diffusion_model.{layer}.diff": low + torch.randn(n, k) / 16}, lora_folder() / "full.safetensors")
+    u, s, v = torch.linalg.svd(low, full_matrices=False)
+    sd = {f"diffusion_model.{layer}.lora_A.weight": (s[:100, None] * v[:100]).contiguous()}
+    sd |= {f"diffusion_model.{layer}.lora_B.weight": u[:, :100].contiguous()}
+    save_file(sd, lora_folder() / "low.safetensors")
+    assert error_db(sample(with_lora(model, "diff", 0.6)), sample(with_lora(model, "low", 0.6))) < -50
+    assert "rank 128" not in caplog.text or "100.0 %" in caplog.text
+    caplog.clear()
+    sample(with_lora(model, "full"))
+    assert "rank 128" in caplog.text and layer in caplog.text and "100.0 %" not in caplog.text
+
+
+def test_model_save(model, small_flux_files, loras):
+    """A LoRA is saved with the model: as a wider branch, or where the format has none in a 16-bit layer."""
+    patched = with_lora(model, "one", 0.5)
+    wanted = sample(patched)
+    path = save(patched, "with_lora")
+    before, after = small_flux.quantized_layers(small_flux_files["int4"]), small_flux.quantized_layers(path)
+    modulation = "single_blocks.1.modulation.lin"
+    assert before.keys() - after.keys() == {modulation}
+    changed = {name for name, layer in after.items() if layer.rank > before[name].rank}
+    assert changed == BRANCHED - {modulation}
+    delta = after["double_blocks.0.img_attn.qkv"].dequantized_weight()
+    delta -= before["double_blocks.0.img_attn.qkv"].dequantized_weight()
+    for key, (layer, rows, _) in LAYERS.items():
+        if layer == "double_blocks.0.img_attn.qkv":
+            product = loras["one"][f"{key}.lora_up.weight"] @ loras["one"][f"{key}.lora_down.weight"]
+            assert error_db(delta[slice(*rows)], 0.5 * ALPHA / RANK * product) < -45  # bf16 on disk
+    assert not delta[:256].any()
+    key = "diffusion_model.single_blocks.1.modulation.lin"
+    product = loras["one"][f"{key}.lora_up.weight"] @ loras["one"][f"{key}.lora_down.weight"]
+    merged = before[modulation].dequantized_weight() + 0.5 * ALPHA / RANK * product
+    again = load(path)
+    assert_same(again.model.diffusion_model.get_submodule(modulation).weight.float(), merged)
+    assert error_db(sample(again), wanted) < -10  # a few activations round the other way
+    with loaded(patched, 1) as each:
+        offloaded = each.model_state_dict_for_saving()
+    assert offloaded["diffusion_model.single_blocks.1.linear2.proj_up"].shape == (256, 16 + RANK)
+
+
+# ---- compiled --------------------------------------------------------------------------------------------
+
+
+def test_linear_with_lora_compiles_without_graph_breaks(host):
+    from comfyui_svdquant.svdq_core.formats import FORMATS
+    from comfyui_svdquant.svdq_core.host.ops import SVDQuantOps
+
+    weight = torch.randn(192, 128, generator=torch.Generator().manual_seed(2))
+    layer = small_flux.quantize_layer(weight, weight[:, 0], FORMATS["int4"])
+    linear = SVDQuantOps.Linear(128, 192, dtype=torch.float32)
+    linear.load_state_dict(layer.state_dict())
+    up, down = torch.randn(192, 8), torch.randn(8, 128)
+    linear.set_patches("w", [lora_patch(up, down, 0.5)], torch.empty(0))
+    compiled = torch.compile(linear, fullgraph=True)
+    for tokens in (5, 9):
+        x = torch.randn(2, tokens, 128)
+        assert error_db(compiled(x), layer.forward(x) + 0.5 * x @ down.t() @ up.t()) < -30
+
+
+def lora_patch(up: Tensor, down: Tensor, strength: float):
+    from comfy.weight_adapter.lora import LoRAAdapter
+
+    return (strength, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None)
+
+
+def test_compiled_model(small_flux_files, loras):
+    """TorchCompileModel with a LoRA, after it and before it."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    model = load(small_flux_files["int4"])
+    wanted = sample(with_lora(model, "one"))
+    for order in ("before", "after"):
+        torch.compiler.reset()
+        each = with_lora(model, "one") if order == "before" else model
+        each = TorchCompileModel.execute(each, "inductor").result[0]
+        each = with_lora(each, "one") if order == "after" else each
+        assert error_db(sample(each), wanted) < -15
+
+
+def test_quantized_linear_is_refused_by_hooks_that_are_no_lora(model, small_flux_files):
+    """Model-as-LoRA hooks hold whole weights, which cannot be put beside the codes."""
+    import comfy.hooks
+    import comfy.sd
+
+    other = comfy.sd.load_diffusion_model(str(small_flux_files["other"]))
+    hooks = comfy.hooks.create_hook_model_as_lora(other.model_state_dict(), None, 1.0, 0.0)
+    positive = comfy.hooks.set_hooks_for_conditioning(conditioning(), hooks)
+    plain = sample(model)
+    with pytest.raises(SVDQuantError, match="only LoRAs can be scheduled"):
+        sample(model.clone(), positive=positive)
+    assert torch.equal(sample(model), plain)
