@@ -1,5 +1,6 @@
 """SVDQuant LoRA and SVDQuant LoRA Stack: LoRA files onto the low-rank branch, one or several."""
 
+import logging
 from pathlib import Path
 
 import folder_paths
@@ -12,6 +13,8 @@ from ..svdq_core.host.lora import load_lora
 
 STACK = 5  # rows of the stack; stacks can be chained
 NONE = "none"
+NOTHING = "No LoRA is on."
+NAMED = 4  # unused keys that are named on the node; the report output and the log name all
 
 
 def find_lora(name: str) -> Path:
@@ -38,17 +41,20 @@ def fingerprint(*names: str | None) -> str:
 
 def apply(model, loras: list[tuple[str, float]], rank: int, node_id: str) -> io.NodeOutput:
     """A clone of ``model`` with the files at their strengths, in order; the report is shown on the node."""
-    patched, reports = model.clone(), []
+    patched, reports, texts = model.clone(), [], []
     for name, strength in loras:
         if strength == 0:
             reports.append(f"{name}: strength 0, not applied.")
+            texts.append(reports[-1])
             continue
         lora = load_lora(patched, find_lora(name), rank)
         patched.add_patches(lora.patches, strength)
         reports.append(lora.summary())
-    report = "\n".join(reports) or "No LoRA is on."
-    PromptServer.instance.send_progress_text(report, node_id)
-    return io.NodeOutput(patched, report)
+        texts.append(lora.summary(names=NAMED))
+        if lora.unused:
+            logging.info("SVDQuant LoRA: %s", reports[-1])
+    PromptServer.instance.send_progress_text("\n".join(texts) or NOTHING, node_id)
+    return io.NodeOutput(patched, "\n".join(reports) or NOTHING)
 
 
 def lora_input(id: str, none: bool) -> io.Combo.Input:

@@ -144,7 +144,9 @@ def join(adapters: Iterable[Adapter], dtype: torch.dtype, energy: float = 1.0) -
             others.append(cast(adapter, dtype))
     if not ups and not others:
         return None
-    branch = LowRank(torch.cat(ups, dim=1).to(dtype), torch.cat(downs).to(dtype)) if ups else None
+    branch = (
+        LowRank(*(torch.cat([t.to(dtype) for t in ts], dim) for ts, dim in ((ups, 1), (downs, 0)))) if ups else None
+    )
     return Adapters(branch, tuple(others), energy)
 
 

@@ -48,8 +48,9 @@ def server(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         base=tmp_path_factory.mktemp("server"),
         env={"OMP_NUM_THREADS": "1"},  # the models are too small to share, and waiting threads starve a busy CPU
     )
-    for model in (DEMO / "models").glob("demo_flux*.safetensors"):
-        server.add_model(model)
+    for name, folder in (("demo_flux", "diffusion_models"), ("demo_lora", "loras")):
+        for model in (DEMO / "models").glob(f"{name}*.safetensors"):
+            server.add_model(model, folder)
     with server:
         yield server
 

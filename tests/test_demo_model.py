@@ -4,8 +4,10 @@ import pytest
 from torch import Tensor
 
 import small_flux
+from host.prompts import prompt, run
 from host.server import ComfyServer
-from test_loader_node import error_db, prompt, run, with_controlnet, with_easycache, with_image, with_skipped_layers
+from sampling import error_db
+from test_loader_node import with_controlnet, with_easycache, with_image, with_skipped_layers
 
 CALIBRATION = """\
 large red circle on white

@@ -153,12 +153,13 @@ def test_two_loras(model, reference, loras):
     assert_same(sample(both), sample(reference(one=0.5, two=-0.75)))
 
 
-def test_clones_take_turns_without_moving_a_weight(model, loras, monkeypatch):
-    """Attaching and changing a LoRA on quantized layers alone unloads nothing, and the codes stay where they are."""
+@pytest.mark.parametrize("name", ["blocks", "one"])
+def test_clones_take_turns_without_moving_a_weight(model, loras, monkeypatch, name):
+    """Attaching and changing a LoRA unloads nothing, also one that patches a 16-bit layer; the codes stay in place."""
     from comfy.model_patcher import ModelPatcher
 
-    keys = tuple(key for key, (layer, _, _) in LAYERS.items() if layer in BRANCHED)
-    write_lora("blocks", 5, keys)
+    if name == "blocks":
+        write_lora(name, 5, tuple(key for key, (layer, _, _) in LAYERS.items() if layer in BRANCHED))
     plain = sample(model)
     places = [m.weight.data_ptr() for m in model.model.modules() if getattr(m, "quantized", False)]
     unpatch, unpatched = ModelPatcher.unpatch_model, []
@@ -168,9 +169,9 @@ def test_clones_take_turns_without_moving_a_weight(model, loras, monkeypatch):
         return unpatch(self, device_to, unpatch_weights)
 
     monkeypatch.setattr(ModelPatcher, "unpatch_model", spy)
-    weak, strong = with_lora(model, "blocks", 0.3), with_lora(model, "blocks", 1.0)
-    assert weak.patches_uuid == model.patches_uuid and not weak.clone_has_same_weights(strong)
-    assert weak.clone_has_same_weights(weak.clone())
+    weak, strong = with_lora(model, name, 0.3), with_lora(model, name, 1.0)
+    assert (weak.patches_uuid == model.patches_uuid) == (name == "blocks")
+    assert weak.clone_has_same_weights(weak.clone()) and not weak.clone_has_same_weights(strong)
     first = sample(weak), sample(strong)
     assert torch.equal(sample(weak), first[0]) and torch.equal(sample(strong), first[1])
     assert torch.equal(sample(model), plain) and error_db(first[0], first[1]) > -40
@@ -227,13 +228,16 @@ def test_dynamic_vram(expected, dynamic_vram, small_flux_files, loras):
     model = load(small_flux_files["int4"])
     assert model.is_dynamic()
     layer = model.model.diffusion_model.double_blocks[1].img_mlp[2]
+    text, was = model.model.diffusion_model.txt_in, None
     for name in (None, "one", None, "blocks", None):
         each = with_lora(model, name) if name else model
         assert each.is_dynamic()
-        before = getattr(layer, "_v_signature", None)
+        before = getattr(layer, "_v_signature", None), getattr(text, "_v_signature", None)
         each.partially_load(each.load_device)
-        if name == "blocks":
-            assert layer._v_signature == before == 1
+        if before[0] is not None:
+            assert layer._v_signature == 1, "a quantized weight is copied in again"
+            assert (text._v_signature is None) == ((each is not model and name == "one") or was == "one")
+        was = name
         for _ in range(2):
             if name == "one":
                 assert_same(denoised(each), patched)
@@ -411,6 +415,21 @@ def test_model_save(model, small_flux_files, loras):
     with loaded(patched, 1) as each:
         offloaded = each.model_state_dict_for_saving()
     assert offloaded["diffusion_model.single_blocks.1.linear2.proj_up"].shape == (256, 16 + RANK)
+
+
+def test_summary(host):
+    """What the node shows: counts, what was reduced, and the first of the unused keys."""
+    from comfyui_svdquant.svdq_core.host.lora import LoraPatches
+
+    unused = ["lora_te1_x.alpha", *(f"strange_{i}" for i in range(6))]
+    lora = LoraPatches("f.safetensors", {}, {"lora": 3, "diff": 1}, 20, unused, [0.99, 0.913])
+    assert lora.summary(names=4).splitlines() == [
+        "f.safetensors: 13 of 20 keys apply (3 lora, 1 diff).",
+        "Reduced to low rank: 2 full-size updates, keeping at least 91.3 % of their energy. A higher rank keeps more.",
+        "For the text encoder: 1 keys. Apply them with Load LoRA and its CLIP.",
+        "Of no layer of this model: 6 keys, strange_0, strange_1, strange_2, strange_3 and 2 more",
+    ]
+    assert lora.summary().endswith("strange_4, strange_5")
 
 
 # ---- compiled --------------------------------------------------------------------------------------------

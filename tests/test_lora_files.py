@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
-from comfyui_svdquant.svdq_core.lora_files import describe_adapters, foreign_architecture, read_lora
+from comfyui_svdquant.svdq_core.lora_checks import describe_adapters
+from comfyui_svdquant.svdq_core.lora_files import foreign_architecture, read_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file

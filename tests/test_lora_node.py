@@ -187,9 +187,42 @@ def test_report_names_what_is_not_used(comfyui: ComfyServer):
     }
     text = report(comfyui, with_lora(add(comfyui, "partly", sd)))
     assert "partly.safetensors: 13 of 17 keys apply" in text, text
-    assert "2 keys are for the text encoder" in text and "lora_te1" not in text
-    assert text.count("double_blocks_7_img_mlp_2.lora_down.weight") == 1 and "2 keys belong to no layer" in text
+    assert "For the text encoder: 2 keys" in text and "lora_te1" not in text
+    assert text.count("double_blocks_7_img_mlp_2.lora_down.weight") == 1 and "Of no layer of this model: 2 keys" in text
     assert "lora key not loaded" not in comfyui.log()
+
+
+def test_many_unused_keys(comfyui: ComfyServer):
+    """All are in the report output and the log."""
+    strange = {f"lora_unet_strange_{i}.lora_{h}.weight": torch.ones(2, 2) for i in range(6) for h in ("down", "up")}
+    graph = with_lora(add(comfyui, "strange", lora() | strange))
+    text = report(comfyui, graph)
+    assert "Of no layer of this model: 12 keys" in text and all(key in text for key in strange)
+    assert all(key in comfyui.log() for key in strange)
+
+
+def test_lora_hook(comfyui: ComfyServer):
+    """ComfyUI's hook nodes: a LoRA that a prompt brings with it."""
+    graph = prompt(MODEL)
+    graph |= {
+        "hook": {
+            "class_type": "CreateHookLoraModelOnly",
+            "inputs": {"lora_name": "kohya.safetensors", "strength_model": 0.75},
+        },
+        "hooked": {
+            "class_type": "ConditioningSetProperties",
+            "inputs": {
+                "cond_NEW": ["positive", 0],
+                "strength": 1.0,
+                "set_cond_area": "default",
+                "hooks": ["hook", 0],
+            },
+        },
+    }
+    inputs = graph["sampler"]["inputs"] | {"positive": ["hooked", 0]}
+    graph["sampler"] = {"class_type": "KSampler", "inputs": inputs}
+    assert torch.equal(run(comfyui, graph), run(comfyui, with_load_lora(prompt(MODEL))))
+    assert torch.equal(run(comfyui, prompt(MODEL)), run(comfyui, stack()))
 
 
 def test_full_size_update_reports_what_is_kept(comfyui: ComfyServer):
@@ -197,7 +230,7 @@ def test_full_size_update_reports_what_is_kept(comfyui: ComfyServer):
     name = "diffusion_model.double_blocks.1.img_mlp.2.diff"
     low = torch.randn(256, 12, generator=generator) @ torch.randn(12, 1024, generator=generator) / 50
     add(comfyui, "update", {name: low})
-    assert "100.0 % or more" in report(comfyui, with_lora("update.safetensors"))
+    assert "at least 100.0 %" in report(comfyui, with_lora("update.safetensors"))
     text = report(comfyui, with_lora("update.safetensors", rank=6))
     assert "1 full-size updates" in text and "100.0 %" not in text
     exact = run(comfyui, with_lora("update.safetensors"))

@@ -134,26 +134,34 @@ def random_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def _ramp(rng: np.random.Generator, count: int, strength: float, x: Tensor, y: Tensor) -> Tensor:
+def _column(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float32)).view(-1, 1, 1)
+
+
+def _pixels() -> tuple[Tensor, Tensor]:
+    """x (1, 1, W) and y (1, H, 1) of the pixels' centres."""
+    axis = torch.arange(SIZE, dtype=torch.float32) + 0.5
+    return axis.view(1, 1, -1), axis.view(1, -1, 1)
+
+
+def _ramp(rng: np.random.Generator, count: int, strength: float) -> Tensor:
     """A linear brightness ramp of random direction and slope, (N, H, W) around zero."""
+    x, y = _pixels()
     angle = rng.uniform(0, 2 * math.pi, count)
     slope = rng.uniform(0.2, 1, count) * strength / (SIZE / 2)
     dx, dy = (_column(f(angle) * slope) for f in (np.cos, np.sin))
     return dx * (x - SIZE / 2) + dy * (y - SIZE / 2)
 
 
-def _column(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float32)).view(-1, 1, 1)
-
-
-def _paint(rng: np.random.Generator, names: list[str], ramp: Tensor) -> Tensor:
-    """Colours with a little jitter plus a ramp: (N, 3, H, W)."""
+def paint(rng: np.random.Generator, names: list[str], ramp: float) -> Tensor:
+    """Areas of the named colours with a little jitter and a brightness ramp: (N, 3, H, W), may leave 0..1."""
+    light = _ramp(rng, len(names), ramp)[:, None]
     base = np.array([COLOURS[name] for name in names]) + rng.uniform(-0.03, 0.03, (len(names), 3))
-    return torch.from_numpy(base.astype(np.float32))[:, :, None, None] + ramp[:, None]
+    return torch.from_numpy(base.astype(np.float32))[:, :, None, None] + light
 
 
-def render(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
-    """Pictures of `scenes`, (N, 3, 128, 128) in 0..1."""
+def outline(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+    """Place the shapes of `scenes`: signed distances to their outlines in pixels, (N, H, W), negative inside."""
     count = len(scenes)
     low, high = np.array([SIZES[scene.size] for scene in scenes]).T
     radius = rng.uniform(low, high)
@@ -165,8 +173,7 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         centre.append(SIZE / 2 + side * reach + (side == 0) * rng.uniform(-4, 4, count))
     turn = rng.uniform(-0.2, 0.2, count)
 
-    axis = torch.arange(SIZE, dtype=torch.float32) + 0.5
-    x, y = axis.view(1, 1, -1), axis.view(1, -1, 1)
+    x, y = _pixels()
     dx, dy = x - _column(centre[0]), y - _column(centre[1])
     cos, sin, scale = _column(np.cos(turn)), _column(np.sin(turn)), _column(radius)
     u, v = (cos * dx + sin * dy) / scale, (cos * dy - sin * dx) / scale
@@ -176,10 +183,14 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
     for name in set(shapes):
         rows = torch.from_numpy(np.flatnonzero(shapes == name))
         distance[rows] = SHAPES[name](u[rows], v[rows])
-    alpha = (0.5 - distance * scale).clamp(0, 1)[:, None]
+    return distance * scale
 
-    ground = _paint(rng, [scene.ground for scene in scenes], _ramp(rng, count, 0.12, x, y))
-    shape = _paint(rng, [scene.colour for scene in scenes], _ramp(rng, count, 0.10, x, y))
+
+def render(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+    """Pictures of `scenes`, (N, 3, 128, 128) in 0..1."""
+    alpha = (0.5 - outline(scenes, rng)).clamp(0, 1)[:, None]
+    ground = paint(rng, [scene.ground for scene in scenes], ramp=0.12)
+    shape = paint(rng, [scene.colour for scene in scenes], ramp=0.10)
     return torch.lerp(ground, shape, alpha).clamp(0, 1)
 
 

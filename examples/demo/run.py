@@ -1,7 +1,8 @@
 """`make demo`: a real ComfyUI quantizes the demo model through the shipped workflow, loads it and makes pictures.
 
 Leaves `out/demo/sheet.png` (16 bit | naive W4A4 | SVDQuant W4A4, same prompts and seeds, for the model as it
-is and for the variant with large outliers) and prints a table.
+is and for the variant with large outliers) and `out/demo/lora_sheet.png` (two LoRAs, merged into the 16-bit model
+and on the branch of the 4-bit one), and prints tables.
 """
 
 from __future__ import annotations
@@ -55,6 +56,14 @@ CALIBRATION = "\n".join(
 )
 STEPS, CFG, SIZE = 25, 3.0, 128
 
+Loras = tuple[tuple[str, float], ...]  # (style, strength)
+LORAS: dict[str, Loras] = {
+    "no LoRA": (),
+    "neon": (("neon", 1.0),),
+    "sticker": (("sticker", 1.0),),
+    "both, 0.5 each": (("neon", 0.5), ("sticker", 0.5)),
+}
+
 
 def load_workflow(server: ComfyServer, name: str) -> dict[str, dict]:
     """A shipped workflow as a prompt, with the demo's text encoder and VAE where FLUX's would be."""
@@ -96,19 +105,36 @@ def quantize(server: ComfyServer, model: str, preset: str) -> str:
     return f"{name}.safetensors"
 
 
-def pictures(server: ComfyServer, file: str, quantized: bool) -> list[np.ndarray]:
+def pictures(server: ComfyServer, file: str, quantized: bool, loras: Loras = ()) -> list[np.ndarray]:
     """One picture per prompt, float (H, W, 3) in 0...1."""
     out = []
     for seed, text in enumerate(PROMPTS, start=1):
-        prompt = load_workflow(server, "text_to_image")
+        prompt = load_workflow(server, "text_to_image_lora" if loras else "text_to_image")
         set_picture(prompt, text, seed)
         change(prompt, "SVDQuantLoader", unet_name=file)
+        for row, (name, strength) in enumerate(loras, start=1):
+            lora = {f"lora_{row}": f"demo_lora_{name}.safetensors", f"strength_{row}": strength}
+            change(prompt, "SVDQuantLoRAStack", **lora)
         if not quantized:
-            loader = next(n for n in prompt.values() if n["class_type"] == "SVDQuantLoader")
-            loader.update(class_type="UNETLoader", inputs={"unet_name": file, "weight_dtype": "default"})
+            to_16_bit(prompt, file, loras)
         history = server.run(prompt, timeout=300)
         out.append(np.asarray(Image.open(server.images(history)[0]).convert("RGB"), np.float32) / 255)
     return out
+
+
+def to_16_bit(prompt: dict[str, dict], file: str, loras: Loras) -> None:
+    """ComfyUI's own nodes in the place of ours: Load Diffusion Model, and a Load LoRA for each LoRA."""
+    for node in list(prompt.values()):
+        if node["class_type"] == "SVDQuantLoader":
+            node.update(class_type="UNETLoader", inputs={"unet_name": file, "weight_dtype": "default"})
+        if node["class_type"] == "SVDQuantLoRAStack":
+            source = node["inputs"]["model"]
+            for name, strength in loras:
+                lora = {"lora_name": f"demo_lora_{name}.safetensors", "strength_model": strength}
+                step = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": source, **lora}}
+                source = [f"lora_{name}", 0]
+                prompt[source[0]] = step
+            node.update(step)
 
 
 def mean_error_db(file: Path) -> float:
@@ -139,6 +165,45 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
     return image
 
 
+def compare_quantization(server: ComfyServer, out: Path) -> None:
+    """The demo model and its hard variant: 16 bit, naive and SVDQuant. Leaves the 4-bit files for what follows."""
+    models = server.base / "models" / "diffusion_models"
+    rows, table = [], []
+    for model, label in (("demo_flux", "as trained"), ("demo_flux_hard", "with outliers")):
+        exact = pictures(server, f"{model}.safetensors", quantized=False)
+        size = (models / f"{model}.safetensors").stat().st_size
+        rows.append((f"{label}\n16 bit", exact))
+        for preset, title in (("naive", "naive W4A4"), ("balanced", "SVDQuant W4A4")):
+            print(f"{model}, {title}:", flush=True)
+            file = quantize(server, model, preset)
+            made = pictures(server, file, quantized=True)
+            quality = psnr(exact, made)
+            rows.append((f"{label}\n{title}\n{quality:.1f} dB PSNR", made))
+            ratio = size / (models / file).stat().st_size
+            table.append(
+                f"{label:14} {title:15} {ratio:9.2f}x {quality:6.1f} dB {mean_error_db(models / file):14.1f} dB"
+            )
+    sheet(rows).save(out / "sheet.png")
+    print(
+        f"\n{'model':14} {'quantization':15} {'size ratio':>10} {'PSNR':>9} {'mean layer error':>17}", *table, sep="\n"
+    )
+
+
+def compare_loras(server: ComfyServer, out: Path) -> None:
+    """Each LoRA merged into the 16-bit model by ComfyUI, and on the branch of the 4-bit one."""
+    rows, table = [], []
+    for label, loras in LORAS.items():
+        merged = pictures(server, "demo_flux.safetensors", quantized=False, loras=loras)
+        branch = pictures(server, "demo_flux_balanced.safetensors", quantized=True, loras=loras)
+        quality = psnr(merged, branch)
+        rows += [(f"{label}\n16 bit, merged", merged), (f"{label}\n4 bit, branch\n{quality:.1f} dB PSNR", branch)]
+        table.append(f"{label:16} {quality:6.1f} dB")
+    sheet(rows).save(out / "lora_sheet.png")
+    print(
+        f"\n{'LoRA':16} {'PSNR':>9}   4 bit with the LoRA on its branch against 16 bit with it merged", *table, sep="\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
@@ -150,26 +215,12 @@ def main() -> None:
         models.mkdir(parents=True, exist_ok=True)
         server.add_model(HERE / "models" / "demo_flux.safetensors")
         add_outliers_to_file(HERE / "models" / "demo_flux.safetensors", models / "demo_flux_hard.safetensors")
+        for file in (HERE / "models").glob("demo_lora_*.safetensors"):
+            server.add_model(file, "loras")
         print(f"ComfyUI answers at {server.url} ({time.monotonic() - started:.0f} s)", flush=True)
-        rows, table = [], []
-        for model, label in (("demo_flux", "as trained"), ("demo_flux_hard", "with outliers")):
-            exact = pictures(server, f"{model}.safetensors", quantized=False)
-            size = (models / f"{model}.safetensors").stat().st_size
-            rows.append((f"{label}\n16 bit", exact))
-            for preset, title in (("naive", "naive W4A4"), ("balanced", "SVDQuant W4A4")):
-                print(f"{model}, {title}:", flush=True)
-                file = quantize(server, model, preset)
-                made = pictures(server, file, quantized=True)
-                quality = psnr(exact, made)
-                rows.append((f"{label}\n{title}\n{quality:.1f} dB PSNR", made))
-                table.append(
-                    (label, title, size / (models / file).stat().st_size, quality, mean_error_db(models / file))
-                )
-    sheet(rows).save(out / "sheet.png")
-    print(f"\n{'model':14} {'quantization':15} {'size ratio':>10} {'PSNR':>9} {'mean layer error':>17}")
-    for label, title, ratio, quality, error in table:
-        print(f"{label:14} {title:15} {ratio:9.2f}x {quality:6.1f} dB {error:14.1f} dB")
-    print(f"\nPictures: {out / 'sheet.png'}   ({time.monotonic() - started:.0f} s)")
+        compare_quantization(server, out)
+        compare_loras(server, out)
+    print(f"\nPictures: {out / 'sheet.png'}, {out / 'lora_sheet.png'}   ({time.monotonic() - started:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,13 +155,15 @@ class Pool:
         return self.latents[self.rows[length][picks]], self.contexts[length][picks]
 
 
-def make_pictures(count: int, seed: int) -> tuple[list[str], Tensor]:
+def make_pictures(
+    count: int, seed: int, render: Callable[[list[pictures.Scene], np.random.Generator], Tensor] = pictures.render
+) -> tuple[list[str], Tensor]:
     """`count` prompts and their pictures, (N, 3, 128, 128) uint8."""
     rng = np.random.default_rng(seed)
     scenes = [pictures.random_scene(rng) for _ in range(count)]
     store = torch.empty(count, 3, pictures.SIZE, pictures.SIZE, dtype=torch.uint8)
     for start in range(0, count, 64):
-        part = pictures.render(scenes[start : start + 64], rng)
+        part = render(scenes[start : start + 64], rng)
         store[start : start + 64] = (part * 255).round().byte()
     return [scene.prompt for scene in scenes], store
 

@@ -113,9 +113,7 @@ def reduced(value: Any, rank: int, device: torch.device) -> tuple[Any, float | N
 
 def loha_delta(value: LoHaAdapter, device: torch.device) -> Tensor:
     """The update (N, K) of a LoHa, float32."""
-    w1_a, w1_b, alpha, w2_a, w2_b, *_ = (
-        t.to(device, torch.float32) if isinstance(t, Tensor) else t for t in value.weights
-    )
+    w1_a, w1_b, alpha, w2_a, w2_b, *_ = on_device(value, device)
     return (w1_a @ w1_b) * (w2_a @ w2_b) * (1.0 if alpha is None else alpha / w1_b.shape[0])
 
 
@@ -123,15 +121,16 @@ def translate(
     value: Any, strength: float, shape: tuple[int, int], current: Callable[[], Tensor], device: torch.device
 ) -> list[Adapter]:
     """The adapters, in order, of one patch on a weight (or slice) of ``shape``."""
-    tensors = [t.to(device, torch.float32) if isinstance(t, Tensor) else t for t in value.weights]
     if isinstance(value, LoRAAdapter):
-        up, down, alpha, _, magnitude, _ = tensors
-        scale = 1.0 if alpha is None else alpha / down.shape[0]
-        return scaled(LowRank(up.flatten(1) * scale, down.flatten(1)), magnitude, strength, shape, current)
+        up, down, alpha, _, magnitude, _ = value.weights
+        delta = LowRank(
+            up.to(device).flatten(1), down.to(device).flatten(1)
+        )  # most files are this: no copy for nothing
+        return scaled(delta, alpha, down.shape[0], magnitude, strength, shape, current)
+    tensors = on_device(value, device)
     if isinstance(value, LoHaAdapter):
         w1_a, w1_b, alpha, w2_a, w2_b, _, _, magnitude = tensors
-        scale = 1.0 if alpha is None else alpha / w1_b.shape[0]
-        return scaled(loha(w1_a * scale, w1_b, w2_a, w2_b), magnitude, strength, shape, current)
+        return scaled(loha(w1_a, w1_b, w2_a, w2_b), alpha, w1_b.shape[0], magnitude, strength, shape, current)
     if isinstance(value, GLoRAAdapter):
         return [glora(tensors, strength, shape, current())]
     if isinstance(value, LoKrAdapter):
@@ -139,14 +138,27 @@ def translate(
     return [rotation(type(value)(set(), tuple(tensors)), strength, shape)]
 
 
+def on_device(value: Any, device: torch.device) -> list[Any]:
+    """An adapter's tensors in float32; they travel in the file's dtype, which is half the way."""
+    return [t.to(device).float() if isinstance(t, Tensor) else t for t in value.weights]
+
+
 def scaled(
-    delta: LowRank, magnitude: Tensor | None, strength: float, shape: tuple[int, int], current: Callable[[], Tensor]
+    delta: LowRank,
+    alpha: float | None,
+    rank: int,
+    magnitude: Tensor | None,
+    strength: float,
+    shape: tuple[int, int],
+    current: Callable[[], Tensor],
 ) -> list[Adapter]:
-    """An update with its strength, and DoRA's magnitudes if it has any."""
+    """``strength alpha / R`` times an update, and DoRA's magnitudes if it has any."""
     check((delta.up.shape[0], delta.down.shape[1]), shape)
+    scale = 1.0 if alpha is None else alpha / rank
     if magnitude is None:
-        return [LowRank(delta.up * strength, delta.down)]
-    return [*dora(current(), delta, magnitude, strength)]
+        return [LowRank(delta.up.float() * (strength * scale), delta.down)]
+    whole = LowRank(delta.up.float() * scale, delta.down.float())
+    return [*dora(current(), whole, magnitude.to(delta.up.device).float(), strength)]
 
 
 def lokr(tensors: list[Any], strength: float, shape: tuple[int, int]) -> Kronecker:

@@ -18,7 +18,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..errors import SVDQuantError
-from ..lora_files import describe_adapters, foreign_architecture, read_lora
+from ..lora_checks import describe_adapters
+from ..lora_files import foreign_architecture, read_lora
 from .adapters import check, difference, fits_beside, reduced, translate
 from .layout import is_quantized
 
@@ -38,21 +39,22 @@ class LoraPatches:
     unused: list[str] = field(default_factory=list)
     energies: list[float] = field(default_factory=list)
 
-    def summary(self) -> str:
-        """In words, for the node and the log."""
+    def summary(self, names: int | None = None) -> str:
+        """In words; of unused keys at most ``names`` are named."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         lines = [f"{self.name}: {self.keys - len(self.unused)} of {self.keys} keys apply ({kinds})."]
         if self.energies:
             lines.append(
-                f"{len(self.energies)} full-size updates were reduced to low rank and keep "
-                f"{100 * min(self.energies):.1f} % or more of their energy. A higher rank keeps more."
+                f"Reduced to low rank: {len(self.energies)} full-size updates, keeping at least "
+                f"{100 * min(self.energies):.1f} % of their energy. A higher rank keeps more."
             )
         text = [key for key in self.unused if TEXT_ENCODER.match(key)]
         rest = [key for key in self.unused if not TEXT_ENCODER.match(key)]
         if text:
-            lines.append(f"{len(text)} keys are for the text encoder: apply them with Load LoRA and its CLIP.")
+            lines.append(f"For the text encoder: {len(text)} keys. Apply them with Load LoRA and its CLIP.")
         if rest:
-            lines.append(f"{len(rest)} keys belong to no layer of this model and are not used: {', '.join(rest)}")
+            more = "" if names is None or len(rest) <= names else f" and {len(rest) - names} more"
+            lines.append(f"Of no layer of this model: {len(rest)} keys, {', '.join(rest[:names])}{more}")
         return "\n".join(lines)
 
 

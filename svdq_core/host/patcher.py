@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import LowVramPatch, ModelPatcher, ModelPatcherDynamic, get_key_weight
+from comfy.utils import set_attr_param
 from torch import Tensor
 
 from .adapters import REDUCED_RANK, Patch, fits_beside
@@ -108,6 +109,26 @@ class BesidePatcher(ModelPatcher):
         with self.ordinary_patches():
             return super().load(*args, **kwargs)
 
+    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
+        if not force_patch_weights:
+            self.exchange_patches(device_to)
+        return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+
+    def exchange_patches(self, device_to: Any) -> None:
+        """Other patches of 16-bit weights in a loaded model: ComfyUI would move the whole model out and in again."""
+        loaded = self.model.current_weight_patches_uuid
+        wanted = [key for key in self.patches if not self.stays_beside(key)]
+        if loaded in (None, self.patches_uuid) or self.model.model_lowvram or self.is_dynamic():
+            return
+        if any(self.quantized_linear(key) for key in (*self.backup, *wanted)):  # merges change how much memory is used
+            return
+        for key in list(self.backup):
+            before = self.backup.pop(key)
+            set_attr_param(self.model, key, before.weight.to(device_to))
+        for key in wanted:
+            self.patch_weight_to_device(key, device_to)
+        self.model.current_weight_patches_uuid = self.patches_uuid
+
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         with self.ordinary_patches():
             return super().partially_unload(*args, **kwargs)
@@ -146,6 +167,16 @@ class BesidePatcher(ModelPatcher):
 
 class BesideDynamicPatcher(BesidePatcher, ModelPatcherDynamic):
     """With dynamic VRAM."""
+
+    def load(self, *args: Any, dirty: bool = False, **kwargs: Any) -> Any:
+        """Other patches make ComfyUI copy all weights in again; only those that are patched need it."""
+        if dirty:
+            patched = {key for key in self.patches if not self.stays_beside(key)}
+            for name, module in self.model.named_modules():
+                before = [getattr(module, f"{p}_lowvram_function", None) for p in ("weight", "bias")]
+                if any(before) or {f"{name}.weight", f"{name}.bias"} & patched:
+                    module._v_signature = None
+        return super().load(*args, dirty=False, **kwargs)
 
 
 def adopt(patcher: ModelPatcher) -> BesidePatcher:
