@@ -9,7 +9,7 @@ from server import PromptServer
 
 from ..svdq_core.errors import SVDQuantError
 from ..svdq_core.host.adapters import REDUCED_RANK
-from ..svdq_core.host.lora import load_lora
+from ..svdq_core.host.lora import add_lora
 
 STACK = 5  # rows of the stack; stacks can be chained
 NONE = "none"
@@ -47,8 +47,7 @@ def apply(model, loras: list[tuple[str, float]], rank: int, node_id: str) -> io.
             reports.append(f"{name}: strength 0, not applied.")
             texts.append(reports[-1])
             continue
-        lora = load_lora(patched, find_lora(name), rank)
-        patched.add_patches(lora.patches, strength)
+        lora = add_lora(patched, find_lora(name), strength, rank)
         reports.append(lora.summary())
         texts.append(lora.summary(names=NAMED))
         if lora.unused:

@@ -9,7 +9,7 @@ and costs no product of its own.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,20 +43,28 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Kronecker:
-    """LoKr, ``W' = W + left ⊗ right``: ``left (N1, K1)``, ``right (N2, K2)``, from ``row`` and ``column`` on."""
+    """LoKr, ``W' = W + left ⊗ right``: ``left (N1, K1)``, ``right (N2, K2)``, from ``row`` and ``column`` on.
+
+    ``gain`` scales the rows or columns of the product (DoRA).
+    """
 
     left: Tensor
     right: Tensor
     row: int = 0
     column: int = 0
+    gain: "Gain | None" = None
     additive = True
 
     def __call__(self, f: Rows, x: Tensor) -> Tensor:
         (n1, k1), (n2, k2) = self.left.shape, self.right.shape
-        grid = x.narrow(1, self.column, k1 * k2).unflatten(1, (k1, k2))
-        added = torch.einsum("mik,ji->mjk", grid, self.left) @ self.right.t()
+        part, length = x.narrow(1, self.column, k1 * k2), n1 * n2
+
+        def product(rows: Tensor) -> Tensor:
+            grid = torch.einsum("mik,ji->mjk", rows.unflatten(1, (k1, k2)), self.left)
+            return (grid @ self.right.t()).flatten(1)
+
         y = f(x)
-        y.narrow(1, self.row, n1 * n2).add_(added.flatten(1))
+        y.narrow(1, self.row, length).add_(product(part) if self.gain is None else self.gain(product, part))
         return y
 
     def on_slice(self, shape: tuple[int, int], dim: int, start: int) -> "Kronecker":
@@ -114,7 +122,21 @@ class Adapters:
 
     branch: LowRank | None
     others: tuple[Adapter, ...]
+    dtype: torch.dtype
+    device: torch.device
     energy: float = 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors."""
+        return sum(t.nbytes for adapter in (self.branch, *self.others) if adapter for t in tensors_of(adapter))
+
+    def to(self, x: Tensor) -> "Adapters":
+        """The same on the device and in the dtype of ``x``: itself, usually, for they are made where the model is."""
+        if (x.dtype, x.device) == (self.dtype, self.device):
+            return self
+        branch = self.branch and cast(self.branch, x)
+        return Adapters(branch, tuple(cast(adapter, x) for adapter in self.others), x.dtype, x.device, self.energy)
 
     @property
     def additive(self) -> bool:
@@ -128,32 +150,41 @@ class Adapters:
         return f(x)
 
 
-def join(adapters: Iterable[Adapter], dtype: torch.dtype, energy: float = 1.0) -> Adapters | None:
-    """Adapters in the order in which they apply, brought to ``dtype``; None for none.
+def join(adapters: Iterable[Adapter], like: Tensor, energy: float = 1.0) -> Adapters | None:
+    """Adapters in the order in which they apply, on the device and in the dtype of ``like``; None for none.
 
     What is low rank joins the branch, up to the first adapter that does more than add.
     """
-    ups: list[Tensor] = []
-    downs: list[Tensor] = []
+    low_rank: list[LowRank] = []
     others: list[Adapter] = []
     for adapter in adapters:
+        adapter = cast(adapter, like)
         if isinstance(adapter, LowRank) and all(other.additive for other in others):
-            ups.append(adapter.up)
-            downs.append(adapter.down)
+            low_rank.append(adapter)
         else:
-            others.append(cast(adapter, dtype))
-    if not ups and not others:
+            others.append(adapter)
+    if not low_rank and not others:
         return None
-    branch = (
-        LowRank(*(torch.cat([t.to(dtype) for t in ts], dim) for ts, dim in ((ups, 1), (downs, 0)))) if ups else None
-    )
-    return Adapters(branch, tuple(others), energy)
+    branch = None
+    if low_rank:
+        branch = LowRank(torch.cat([a.up for a in low_rank], dim=1), torch.cat([a.down for a in low_rank]))
+    return Adapters(branch, tuple(others), like.dtype, like.device, energy)
 
 
-def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """The adapter with its tensors in ``dtype``."""
-    tensors: dict[str, Any] = {k: v.to(dtype) for k, v in vars(adapter).items() if isinstance(v, Tensor)}
-    return replace(adapter, **tensors)
+AnyAdapter = TypeVar("AnyAdapter", bound=Adapter)
+
+
+def cast(adapter: AnyAdapter, like: Tensor) -> AnyAdapter:
+    """The adapter with its tensors on the device and in the dtype of ``like``."""
+    changed: dict[str, Any] = {k: v.to(like) for k, v in vars(adapter).items() if isinstance(v, Tensor)}
+    if isinstance(adapter, Kronecker) and adapter.gain is not None:
+        changed["gain"] = cast(adapter.gain, like)
+    return replace(adapter, **changed)
+
+
+def tensors_of(adapter: Adapter) -> list[Tensor]:
+    """Its own tensors."""
+    return [v for v in vars(adapter).values() if isinstance(v, Tensor)]
 
 
 def loha(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> LowRank:
@@ -171,7 +202,7 @@ def reduce(delta: Tensor, rank: int) -> tuple[LowRank, float]:
     return LowRank(up, down.t()), float(1 - lost / total) if total > 0 else 1.0
 
 
-def dora(weight: Tensor, delta: LowRank, magnitude: Tensor, strength: float) -> tuple[Gain, LowRank]:
+def dora(weight: Tensor, delta: LowRank | Kronecker, magnitude: Tensor, strength: float) -> list[Adapter]:
     """DoRA (arXiv 2402.09353, eq. 5) as ComfyUI applies it, which is LyCORIS' form of it.
 
     ``weight (N, K)`` is the one adapted, ``delta`` the scaled update. ``magnitude`` of N elements scales rows by
@@ -182,6 +213,16 @@ def dora(weight: Tensor, delta: LowRank, magnitude: Tensor, strength: float) -> 
     eps = torch.finfo(weight.dtype).eps
     if magnitude.shape[0] == n:
         scale = magnitude.reshape(n) / (weight.norm(dim=1) + eps)
-        return Gain(rows=1 + strength * (scale - 1)), LowRank(delta.up * (strength * scale)[:, None], delta.down)
-    scale = magnitude.flatten() / ((weight + delta.up @ delta.down).norm(dim=0) + eps)
-    return Gain(columns=1 + strength * (scale - 1)), LowRank(delta.up * strength, delta.down * scale)
+        outside, inside = Gain(rows=1 + strength * (scale - 1)), Gain(rows=strength * scale)
+    else:
+        scale = magnitude.flatten() / ((weight + dense(delta)).norm(dim=0) + eps)
+        outside, inside = Gain(columns=1 + strength * (scale - 1)), Gain(columns=strength * scale)
+    if isinstance(delta, Kronecker):
+        return [outside, replace(delta, gain=inside)]
+    up = delta.up if inside.rows is None else delta.up * inside.rows[:, None]
+    return [outside, LowRank(up, delta.down if inside.columns is None else delta.down * inside.columns)]
+
+
+def dense(delta: LowRank | Kronecker) -> Tensor:
+    """The update itself, (N, K)."""
+    return delta.up @ delta.down if isinstance(delta, LowRank) else torch.kron(delta.left, delta.right)

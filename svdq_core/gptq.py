@@ -9,7 +9,9 @@ from .errors import SVDQuantError
 from .formats import Format
 
 BLOCK = 128  # columns whose updates are applied together
-DAMP = 0.01  # share of the mean diagonal that is added to the Hessian
+# Share of the mean diagonal that is added to the Hessian. More than GPTQ's usual 0.01: the layer's error on its own
+# calibration tokens is 0.1 dB larger, but the demo model's output is 0.1 dB closer, with LoRAs on it 0.2 to 0.3 dB.
+DAMP = 0.2
 
 
 def hessian_factor(x: Tensor) -> Tensor:

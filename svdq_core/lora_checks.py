@@ -114,6 +114,9 @@ def check_group(tensors: Mapping[str, Tensor], where: str, key: str, layer: str,
             f"{where}: {key} needs {expected} in {layer}. The file is incomplete; download or export it again."
         )
     names = [f"{layer}.{name}" for name in found[0]]
+    for name in names:
+        if tensors[name].dim() < 2:
+            raise wrong_shape(where, name, tensors[name], "2 dimensions")
     convolution = any(f"{layer}.{t}" in tensors for t in ("lokr_t2", "hada_t1", "hada_t2"))  # has its own layout
     if len(names) == 2 and not names[0].endswith(".weight") and not convolution:
         check_product(tensors, where, *names)

@@ -20,6 +20,7 @@ from .lora_checks import check_parts, check_values, describe_adapters
 from .nunchaku_lora import NUNCHAKU, from_nunchaku
 
 MAX_TENSORS = 100_000  # the largest real files have a few thousand
+MAX_NAME = 1000  # characters of a key
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
@@ -82,6 +83,11 @@ def read_lora(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     check_header(path)
     with open_safetensors(path) as file:
         metadata = dict(file.metadata() or {})
+        if longest := max((key for key in file.keys()), key=len, default="")[MAX_NAME:]:  # noqa: SIM118
+            raise SVDQuantError(
+                f"{path}: a key of {MAX_NAME + len(longest)} characters; at most {MAX_NAME} are read. The file is "
+                "damaged; download it again."
+            )
     try:
         tensors = load_file(path)
     except SafetensorError as error:

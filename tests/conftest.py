@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from host.install import ROOT, host_path
+from host.prompts import quantize_prompt
 from host.server import ComfyServer
 
 DEMO = ROOT / "examples" / "demo"
@@ -53,6 +54,14 @@ def server(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             server.add_model(model, folder)
     with server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def demo_quantized(server: ComfyServer) -> ComfyServer:
+    """The server after SVDQuant Quantize made demo_balanced.safetensors and demo_naive.safetensors."""
+    for preset in ("balanced", "naive"):
+        server.run(quantize_prompt(preset))
+    return server
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("host")
 N, K = 96, 128
 OFFSETS = {"whole": None, "rows": (0, 32, 48), "columns": (1, 64, 64)}
 ADDITIVE = ["lora", "loha", "lokr", "lokr factored", "glora", "glora old", "diff"]
-OTHERS = ["dora", "dora loha", "dora columns", "oft", "boft"]
+OTHERS = ["dora", "dora loha", "dora columns", "dora lokr", "dora glora", "oft", "boft"]
 
 
 def tensor(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
@@ -40,14 +40,16 @@ def make_value(kind: str, n: int, k: int, alpha: float | None, seed: int):
         magnitude = 1 + tensor(g, n, 1, scale=0.3) if kind == "dora loha" else None
         second = (tensor(g, n, r), tensor(g, r, k))
         return loha.LoHaAdapter(set(), (up, down, alpha, *second, None, None, magnitude))
-    if kind == "lokr":
-        return lokr.LoKrAdapter(set(), (tensor(g, 8, 4), tensor(g, n // 8, k // 4), alpha, *[None] * 6))
+    if kind in ("lokr", "dora lokr"):
+        magnitude = {"lokr": None, "dora lokr": 1 + tensor(g, *((n, 1) if seed % 2 else (1, k)), scale=0.3)}[kind]
+        return lokr.LoKrAdapter(set(), (tensor(g, 8, 4), tensor(g, n // 8, k // 4), alpha, *[None] * 5, magnitude))
     if kind == "lokr factored":
         factors = tensor(g, n // 8, 2), tensor(g, 2, k // 4)
         return lokr.LoKrAdapter(set(), (None, None, alpha, tensor(g, 8, 2), tensor(g, 2, 4), *factors, None, None))
-    if kind == "glora":
+    if kind in ("glora", "dora glora"):
         a = tensor(g, k, r, scale=k**-0.5), tensor(g, r, k)
-        return glora.GLoRAAdapter(set(), (*a, up, down, alpha, None))
+        magnitude = 1 + tensor(g, n, 1, scale=0.3) if kind == "dora glora" else None
+        return glora.GLoRAAdapter(set(), (*a, up, down, alpha, magnitude))
     if kind == "glora old":
         a = tensor(g, r, k), tensor(g, k, r, scale=k**-0.5)
         return glora.GLoRAAdapter(set(), (*a, down, up, alpha, None))
@@ -63,7 +65,7 @@ def patch_lists(draw, kinds):
     patches = []
     for _ in range(draw(st.integers(1, 3))):
         kind = draw(st.sampled_from(kinds))
-        allowed = ["whole"] if kind in ("dora columns", "boft") else ["whole", "rows"]
+        allowed = ["whole", "rows"] if kind in ("dora", "dora loha", "oft") else ["whole"]
         offset = OFFSETS[draw(st.sampled_from([*OFFSETS] if kind in ADDITIVE else allowed))]
         n = offset[2] if offset and offset[0] == 0 else N
         k = offset[2] if offset and offset[0] == 1 else K
@@ -219,9 +221,9 @@ def test_join_keeps_the_order_around_what_does_not_add():
     from comfyui_svdquant.svdq_core.adapters import Rotation
 
     first, last = (LowRank(torch.randn(6, 2), torch.randn(2, 8)) for _ in range(2))
-    adapters = join([first, Rotation(lambda y: -y, 6), last], torch.float32)
+    adapters = join([first, Rotation(lambda y: -y, 6), last], torch.empty(0))
     assert torch.equal(adapters.branch.up, first.up) and len(adapters.others) == 2
     weight, x = torch.randn(6, 8), torch.randn(3, 8)
     found = adapters(lambda r: r @ (weight + first.up @ first.down).t(), x)
     assert torch.allclose(found, x @ (-(weight + first.up @ first.down) + last.up @ last.down).t(), atol=1e-5)
-    assert join([], torch.float32) is None
+    assert join([], torch.empty(0)) is None

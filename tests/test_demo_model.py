@@ -4,49 +4,18 @@ import pytest
 from torch import Tensor
 
 import small_flux
-from host.prompts import prompt, run
+from host.prompts import prompt, run, sixteen_bit_loader
 from host.server import ComfyServer
 from sampling import error_db
 from test_loader_node import with_controlnet, with_easycache, with_image, with_skipped_layers
 
-CALIBRATION = """\
-large red circle on white
-small green star on black
-large blue heart on yellow
-small white square on red
-large purple triangle on green
-small yellow moon on blue"""
-
 
 @pytest.fixture(scope="module")
-def demo(server: ComfyServer, tmp_path_factory) -> ComfyServer:
-    """The server, with demo_flux.safetensors in 4 bit beside the 16-bit one."""
+def demo(demo_quantized: ComfyServer, tmp_path_factory) -> ComfyServer:
+    """The server, with demo_flux.safetensors in 4 bit beside the 16-bit one, and a ControlNet."""
     folder = tmp_path_factory.mktemp("controlnet")
-    server.add_model(small_flux.write_controlnet(folder / "small_controlnet.safetensors"), "controlnet")
-    for preset in ("balanced", "naive"):
-        server.run(quantize_prompt(preset))
-    return server
-
-
-def quantize_prompt(preset: str) -> dict:
-    widgets = {"file_name": f"demo_{preset}", "preset": preset, "format": "int4", "rank": 32, "steps": 6}
-    widgets |= {"max_prompts": 6, "size": 128, "ram_limit_gb": 1.0, "seed": 0}
-    return {
-        "model": {
-            "class_type": "UNETLoader",
-            "inputs": {"unet_name": "demo_flux.safetensors", "weight_dtype": "default"},
-        },
-        "clip": {"class_type": "DemoTextEncoderLoader", "inputs": {}},
-        "prompts": {"class_type": "SVDQuantPrompts", "inputs": {"clip": ["clip", 0], "prompts": CALIBRATION}},
-        "quantize": {
-            "class_type": "SVDQuantQuantize",
-            "inputs": {"model": ["model", 0], "conditioning": ["prompts", 0], **widgets},
-        },
-    }
-
-
-def sixteen_bit_loader() -> dict:
-    return {"class_type": "UNETLoader", "inputs": {"unet_name": "demo_flux.safetensors", "weight_dtype": "default"}}
+    demo_quantized.add_model(small_flux.write_controlnet(folder / "small_controlnet.safetensors"), "controlnet")
+    return demo_quantized
 
 
 def base(file: str, **changes) -> dict:

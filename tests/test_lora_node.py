@@ -238,6 +238,22 @@ def test_full_size_update_reports_what_is_kept(comfyui: ComfyServer):
     assert not torch.equal(exact, reduced)
 
 
+def test_layer_given_twice(comfyui: ComfyServer):
+    """In two dialects, or as a LoRA and as a difference: ComfyUI takes one of them, and the report says so."""
+    both = lora(layers=["single_blocks.1.linear2"]) | lora(diffusers("transformer."), 1, ["single_blocks.1.linear2"])
+    text = report(comfyui, with_lora(add(comfyui, "twice", both)))
+    assert "Given more than once" in text and "lora_unet_single_blocks_1_linear2.lora_up.weight" in text
+    assert "transformer.single_transformer_blocks.1.proj_out.lora_B.weight" in text
+
+
+def test_what_runs_in_16_bit_is_reported(comfyui: ComfyServer):
+    """OFT with DoRA's magnitude has no place beside the codes."""
+    name = "diffusion_model.double_blocks.0.img_attn.proj"
+    sd = {f"{name}.oft_blocks": torch.randn(16, 16, 16) / 10, f"{name}.dora_scale": torch.ones(256, 1)}
+    text = report(comfyui, with_lora(add(comfyui, "oft_dora", sd | {f"{name}.alpha": torch.tensor(1.0)})))
+    assert f"In 16 bit while it is applied: 1 layers, {name}.weight first" in text
+
+
 # ---- files that are refused ------------------------------------------------------------------------------
 
 
@@ -269,6 +285,27 @@ REFUSED = {
         lambda: changed(DOWN, lambda t: t[:, :512].contiguous()),
         r"img_mlp\.2\.weight.*\(256, 512\).*\(256, 1024\)",
     ),
+    "norm_size": (
+        lambda: {"diffusion_model.double_blocks.0.img_attn.norm.key_norm.w_norm": torch.ones(64)},
+        r"key_norm.*\(64,\).*\(128,\)",
+    ),
+    "no_bias": (
+        lambda: lora() | {"diffusion_model.double_blocks.0.img_attn.norm.key_norm.diff_b": torch.ones(128)},
+        "key_norm.*has none",
+    ),
+    "set_size": (lambda: {"diffusion_model.double_blocks.0.img_attn.proj.set_weight": torch.ones(3, 3)}, r"\(3, 3\)"),
+    "flat_lokr": (
+        lambda: {f"diffusion_model.double_blocks.0.img_attn.proj.lokr_w{i}": torch.ones(16) for i in (1, 2)},
+        "lokr_w1.*2 dimensions",
+    ),
+    "flat_glora": (
+        lambda: {
+            f"diffusion_model.double_blocks.0.img_attn.proj.{m}.weight": torch.ones(16)
+            for m in ("a1", "a2", "b1", "b2")
+        },
+        "a1.weight.*2 dimensions",
+    ),
+    "long_key": (lambda: {"x" * 2000 + ".lora_A.weight": torch.ones(2, 2)}, "key of 2014 characters"),
     "no_up": (lambda: {k: t for k, t in lora().items() if k != UP}, f"{DOWN}.*{UP}"),
     "no_lora": (lambda: {"double_blocks.0.img_attn.proj.weight": torch.ones(2, 2)}, "no (LoRA|adapter)"),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_svdquant import svdq_core
 from comfyui_svdquant.svdq_core.formats import BRANCH_FORMATS, GELU_SHIFT, get_format
-from comfyui_svdquant.svdq_core.gptq import gptq, hessian_factor
+from comfyui_svdquant.svdq_core.gptq import DAMP, gptq, hessian_factor
 from comfyui_svdquant.svdq_core.lowrank import lowrank_branch
 from comfyui_svdquant.svdq_core.packing import unpack_int4
 from comfyui_svdquant.svdq_core.smoothing import smoothing_factor
@@ -125,7 +125,7 @@ def test_gptq_with_one_column_of_error_matches_the_closed_form():
     """After column 0 is rounded, the others must be the exact least-squares response to its error."""
     _, x, _ = problem(outliers=False)
     h = (x.t() @ x).double()
-    h += torch.eye(K) * 0.01 * h.diagonal().mean()
+    h += torch.eye(K) * DAMP * h.diagonal().mean()
     factor = hessian_factor(x).double()
     assert db(factor.t() @ factor, torch.linalg.inv(h)) < -60
     error = 0.1

@@ -6,6 +6,7 @@ A patch is ComfyUI's tuple ``(strength, value, strength_model, offset, function)
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,9 +44,9 @@ def fits_beside(patch: Patch) -> bool:
         return t1 is None and t2 is None and scales_output(magnitude, w1_a, offset)
     if isinstance(value, LoKrAdapter):
         *_, t2, magnitude = value.weights
-        return t2 is None and magnitude is None
+        return t2 is None and (magnitude is None or offset is None)
     if isinstance(value, GLoRAAdapter):
-        return value.weights[-1] is None
+        return value.weights[-1] is None or offset is None
     if isinstance(value, OFTAdapter | BOFTAdapter):
         return whole_rows and value.weights[-1] is None
     return difference(value) is not None
@@ -87,12 +88,14 @@ def build(
             value, kept = reduced(value, REDUCED_RANK, like.device)
             part = (length, shape[1]) if dim == 0 else (shape[0], length)
             found = translate(value, strength, part, current, like.device)
-        except (RuntimeError, ValueError) as error:
+        except torch.OutOfMemoryError:  # a RuntimeError, and ComfyUI's to handle
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
             logging.error("SVDQuant: a LoRA does not fit %s and is left out there: %s", key, error)
             continue
         energy = energy if kept is None else min(energy, kept)
         adapters += found if offset is None else [adapter.on_slice(shape, dim, start) for adapter in found]
-    return join(adapters, like.dtype, energy)
+    return join(adapters, like, energy)
 
 
 def reduced(value: Any, rank: int, device: torch.device) -> tuple[Any, float | None]:
@@ -126,15 +129,22 @@ def translate(
         delta = LowRank(
             up.to(device).flatten(1), down.to(device).flatten(1)
         )  # most files are this: no copy for nothing
-        return scaled(delta, alpha, down.shape[0], magnitude, strength, shape, current)
+        return scaled(delta, ratio(alpha, down.shape[0]), magnitude, strength, shape, current)
     tensors = on_device(value, device)
+    magnitude = tensors[-1]
     if isinstance(value, LoHaAdapter):
-        w1_a, w1_b, alpha, w2_a, w2_b, _, _, magnitude = tensors
-        return scaled(loha(w1_a, w1_b, w2_a, w2_b), alpha, w1_b.shape[0], magnitude, strength, shape, current)
+        w1_a, w1_b, alpha, w2_a, w2_b, *_ = tensors
+        delta = loha(w1_a, w1_b, w2_a, w2_b)
+        return scaled(delta, ratio(alpha, w1_b.shape[0]), magnitude, strength, shape, current)
     if isinstance(value, GLoRAAdapter):
-        return [glora(tensors, strength, shape, current())]
+        delta, scale = glora(tensors, shape, current())
+        return scaled(delta, scale, magnitude, strength, shape, current)
     if isinstance(value, LoKrAdapter):
-        return [lokr(tensors, strength, shape)]
+        product, scale = lokr(tensors)
+        check((product.left.shape[0] * product.right.shape[0], product.left.shape[1] * product.right.shape[1]), shape)
+        if magnitude is None:
+            return [replace(product, left=product.left * (strength * scale))]
+        return dora(current(), replace(product, left=product.left * scale), magnitude, strength)
     return [rotation(type(value)(set(), tuple(tensors)), strength, shape)]
 
 
@@ -143,47 +153,49 @@ def on_device(value: Any, device: torch.device) -> list[Any]:
     return [t.to(device).float() if isinstance(t, Tensor) else t for t in value.weights]
 
 
+def ratio(alpha: float | None, rank: int) -> float:
+    """``alpha / R``; 1 for a file without alpha."""
+    return 1.0 if alpha is None else alpha / rank
+
+
 def scaled(
     delta: LowRank,
-    alpha: float | None,
-    rank: int,
+    scale: float,
     magnitude: Tensor | None,
     strength: float,
     shape: tuple[int, int],
     current: Callable[[], Tensor],
 ) -> list[Adapter]:
-    """``strength alpha / R`` times an update, and DoRA's magnitudes if it has any."""
+    """``strength`` times ``scale`` times an update, with DoRA's magnitudes if it has any."""
     check((delta.up.shape[0], delta.down.shape[1]), shape)
-    scale = 1.0 if alpha is None else alpha / rank
     if magnitude is None:
         return [LowRank(delta.up.float() * (strength * scale), delta.down)]
     whole = LowRank(delta.up.float() * scale, delta.down.float())
-    return [*dora(current(), whole, magnitude.to(delta.up.device).float(), strength)]
+    return dora(current(), whole, magnitude.to(delta.up.device).float(), strength)
 
 
-def lokr(tensors: list[Any], strength: float, shape: tuple[int, int]) -> Kronecker:
-    """``alpha / R (w1 ⊗ w2)``; either factor may be a product itself, whose rank R is."""
+def lokr(tensors: list[Any]) -> tuple[Kronecker, float]:
+    """``w1 ⊗ w2`` and ``alpha / R``; either factor may be a product itself, whose rank R is."""
     w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, _, _ = tensors
     rank = None
     if w1 is None:
         w1, rank = w1_a @ w1_b, w1_b.shape[0]
     if w2 is None:
         w2, rank = w2_a @ w2_b, w2_b.shape[0]
-    check((w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1]), shape)
-    scale = alpha / rank if alpha is not None and rank is not None else 1.0
-    return Kronecker(w1 * (scale * strength), w2)
+    return Kronecker(w1, w2), 1.0 if rank is None else ratio(alpha, rank)
 
 
-def glora(tensors: list[Any], strength: float, shape: tuple[int, int], weight: Tensor) -> LowRank:
-    """GLoRA (arXiv 2306.07967): ``W a1 a2 + b1 b2``; LyCORIS' first version had the factors the other way round."""
+def glora(tensors: list[Any], shape: tuple[int, int], weight: Tensor) -> tuple[LowRank, float]:
+    """GLoRA (arXiv 2306.07967), ``W a1 a2 + b1 b2``, and ``alpha / R``.
+
+    LyCORIS' first version had the factors the other way round.
+    """
     a1, a2, b1, b2 = (t.flatten(1) for t in tensors[:4])
     new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
     old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
     if old and (not new or (a2.shape[0] == shape[0] == shape[1])):
         a1, a2, b1, b2 = a2, a1, b2, b1
-    check((b1.shape[0], b2.shape[1]), shape)
-    scale = strength * (1.0 if tensors[4] is None else tensors[4] / a2.shape[0])
-    return LowRank(torch.cat([weight @ a1, b1], dim=1) * scale, torch.cat([a2, b2]))
+    return LowRank(torch.cat([weight @ a1, b1], dim=1), torch.cat([a2, b2])), ratio(tensors[4], a2.shape[0])
 
 
 def rotation(value: OFTAdapter | BOFTAdapter, strength: float, shape: tuple[int, int]) -> Rotation:

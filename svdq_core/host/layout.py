@@ -152,12 +152,11 @@ def product(x: Any, weight: Any, bias: Tensor | None) -> Tensor:
 
 
 def widen(weight: QuantizedTensor, up: Tensor, down: Tensor) -> QuantizedTensor:
-    """``weight + up down`` with ``up (N, R)``, ``down (R, K)``: both join the branch, the codes are shared."""
-    params = weight._params
+    """``weight + up down`` with ``up (N, R)``, ``down (R, K)``: both join the branch, in their dtype."""
+    params, down = weight._params, down.t()
     if params.proj_down is not None:
-        down, up = torch.cat([params.proj_down, down.t()], dim=1), torch.cat([params.proj_up, up], dim=1)
-    else:
-        down = down.t()
+        down = torch.cat([params.proj_down.to(down.dtype), down], dim=1)
+        up = torch.cat([params.proj_up.to(up.dtype), up], dim=1)
     return QuantizedTensor(weight._qdata, LAYOUT, replace(params, proj_down=down, proj_up=up))
 
 

@@ -25,6 +25,20 @@ from .layout import is_quantized
 
 CACHED_FILES = 8
 NOT_LOADED = "lora key not loaded: "
+MAIN_KEYS = (  # one for each way to say what happens to a weight
+    *(".lora_up.weight", "_lora.up.weight", ".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight"),
+    *(
+        ".lora_B",
+        ".lokr_w1",
+        ".lokr_w1_a",
+        ".hada_w1_a",
+        ".a1.weight",
+        ".oft_blocks",
+        ".diff",
+        ".set_weight",
+        ".w_norm",
+    ),
+)
 TEXT_ENCODER = re.compile(r"(lora_te\d?_|lora_prior_te_|text_encoders?[._]|t5xxl|clip_[lgh])")
 
 
@@ -37,6 +51,8 @@ class LoraPatches:
     kinds: dict[str, int]
     keys: int
     unused: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)  # keys of layers that the file has more than once
+    in_16_bit: list[str] = field(default_factory=list)  # quantized layers whose patch cannot stay beside
     energies: list[float] = field(default_factory=list)
 
     def summary(self, names: int | None = None) -> str:
@@ -48,6 +64,10 @@ class LoraPatches:
                 f"Reduced to low rank: {len(self.energies)} full-size updates, keeping at least "
                 f"{100 * min(self.energies):.1f} % of their energy. A higher rank keeps more."
             )
+        if self.twice:
+            lines.append(f"Given more than once, used once: {', '.join(self.twice[:names])}")
+        if self.in_16_bit:
+            lines.append(f"In 16 bit while it is applied: {len(self.in_16_bit)} layers, {self.in_16_bit[0]} first.")
         text = [key for key in self.unused if TEXT_ENCODER.match(key)]
         rest = [key for key in self.unused if not TEXT_ENCODER.match(key)]
         if text:
@@ -58,6 +78,25 @@ class LoraPatches:
         return "\n".join(lines)
 
 
+def add_lora(model: ModelPatcher, path: Path, strength: float, rank: int) -> LoraPatches:
+    """Add a file's patches to ``model``; the same errors as :func:`load_lora`."""
+    with original_modules(model):
+        lora = load_lora(model, path, rank)
+        model.add_patches(lora.patches, strength)
+    return lora
+
+
+@contextmanager
+def original_modules(model: ModelPatcher) -> Iterator[None]:
+    """While a model with compiled blocks is loaded, its weights have other names; within, they have their own."""
+    replaced = {name: comfy.utils.set_attr(model.model, name, m) for name, m in model.object_patches_backup.items()}
+    try:
+        yield
+    finally:
+        for name, module in replaced.items():
+            comfy.utils.set_attr(model.model, name, module)
+
+
 def load_lora(model: ModelPatcher, path: Path, rank: int) -> LoraPatches:
     """The patches of a file for ``model``. Updates of quantized layers that have no low rank get ``rank``.
 
@@ -66,18 +105,22 @@ def load_lora(model: ModelPatcher, path: Path, rank: int) -> LoraPatches:
     stat = path.stat()
     tensors = read_cached(path, stat.st_mtime_ns, stat.st_size)
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    converted = comfy.lora_convert.convert_lora(dict(tensors))
     with keys_not_loaded() as unused:
-        patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), key_map)
+        patches = comfy.lora.load_lora(converted, key_map)
     if not patches:
         raise SVDQuantError(f"{path.name}: {why_nothing_applies([*tensors], model)}")
-    lora = LoraPatches(path.name, patches, describe_adapters(tensors), len(tensors), unused)
+    twice = given_twice(converted, key_map)
+    lora = LoraPatches(path.name, patches, describe_adapters(tensors), len(tensors), unused, twice)
     progress = None
     for index, target in enumerate(patches):
         throw_exception_if_processing_interrupted()
         key, offset = (target, None) if isinstance(target, str) else target[:2]
         weight = comfy.utils.get_attr(model.model, key)
         check_shape(path.name, key, patches[target], weight, offset)
-        if is_quantized(weight) and fits_beside((1.0, patches[target], 1.0, offset, None)):
+        if is_quantized(weight) and not fits_beside((1.0, patches[target], 1.0, offset, None)):
+            lora.in_16_bit.append(key)
+        elif is_quantized(weight):
             patches[target], energy = reduced(patches[target], rank, get_torch_device())
             if energy is not None:
                 progress = progress or comfy.utils.ProgressBar(len(patches))
@@ -111,6 +154,16 @@ def keys_not_loaded() -> Iterator[list[str]]:
         logger.removeFilter(collect)
 
 
+def given_twice(tensors: dict[str, Tensor], key_map: dict[str, Any]) -> list[str]:
+    """Keys that mean a weight which another key means, too: ComfyUI takes one of them."""
+    found: dict[Any, list[str]] = {}
+    for key in tensors:
+        for name in (key.removesuffix(end) for end in MAIN_KEYS if key.endswith(end)):
+            if name in key_map:
+                found.setdefault(key_map[name], []).append(key)
+    return [key for keys in found.values() if len(keys) > 1 for key in keys]
+
+
 def why_nothing_applies(keys: list[str], model: ModelPatcher) -> str:
     """In plain words."""
     name = type(model.model).__name__
@@ -121,21 +174,20 @@ def why_nothing_applies(keys: list[str], model: ModelPatcher) -> str:
     return f"none of its {len(keys)} keys belongs to this model ({name}). The first are: {', '.join(sorted(keys)[:4])}."
 
 
-def check_shape(name: str, key: str, value: Any, weight: Tensor, offset: Any) -> None:
+def check_shape(name: str, key: str, value: Any, weight: Tensor | None, offset: Any) -> None:
     """Raise :class:`SVDQuantError` for a patch that is made for a weight of another shape."""
-    if not fits_beside((1.0, value, 1.0, offset, None)) or weight.dim() != 2:
-        return  # ComfyUI's own business
-    part = [*weight.shape]
+    made = f"{name}: {key} does not fit: "
+    advice = "This LoRA was made for a model of another size or kind."
+    if weight is None:
+        raise SVDQuantError(f"{made}this layer of the model has none. {advice}")
+    part, meta = [*weight.shape], torch.device("meta")
     if offset is not None:
         part[offset[0]] = offset[2]
-    meta = torch.device("meta")
+    tensor = value[1][0] if isinstance(value, tuple) and value[0] == "set" else difference(value)
     try:
-        diff = difference(value)
-        if diff is not None:
-            check(diff.shape, tuple(part))
-        else:
+        if tensor is not None:
+            check(tensor.shape, tuple(part))
+        elif len(part) == 2 and fits_beside((1.0, value, 1.0, offset, None)):
             translate(value, 1.0, (part[0], part[1]), lambda: torch.empty(part, device=meta), meta)
-    except (RuntimeError, ValueError) as error:
-        raise SVDQuantError(
-            f"{name}: {key} does not fit: {error}. This LoRA was made for a model of another size or kind."
-        ) from None
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise SVDQuantError(f"{made}{error}. {advice}") from None

@@ -42,7 +42,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         self.weight_patch: Any = None
         self.adapters: Adapters | None = None
         self.patches: list[Patch] = []
-        self.adapted_as: Any = None
+        self.kept: dict[Any, tuple[list[Patch], Adapters | None]] = {}
 
     def __getattr__(self, name: str) -> Any:
         """ComfyUI takes every key of the state dict for an attribute when it merges models."""
@@ -122,29 +122,34 @@ class Linear(comfy.ops.manual_cast.Linear):
 
     # Adapters: LoRA and its kin beside the 4-bit weight.
 
-    def set_patches(self, key: str, patches: list[Patch], like: Tensor) -> None:
+    def set_patches(self, key: str, patches: list[Patch], like: Tensor, keep: int = 1) -> bool:
         """Take the place of all adapters; those for ``patches`` are made on ``like``'s device, in its dtype.
 
-        The same patches again cost nothing.
+        Adapters of the last ``keep`` lists are at hand: the same patches again cost nothing. True if some were made.
         """
-        made_of = [(strength, id(value), offset) for strength, value, _, offset, _ in patches]
-        if (made_of, like.device, like.dtype) == self.adapted_as:
-            return
-        self.drop_adapters()
-        if patches:
-            self.patches, self.adapted_as = patches, (made_of, like.device, like.dtype)
+        values = tuple((strength, id(value), offset) for strength, value, _, offset, _ in patches)
+        made_of = (values, like.device, like.dtype)
+        new = made_of not in self.kept
+        if new:
             shape = (self.out_features, self.in_features)
-            self.adapters = build(key, patches, lambda: self.effective_weight().to(like.device), shape, like)
+            made = build(key, patches, lambda: self.effective_weight(like.device), shape, like) if patches else None
+            self.kept[made_of] = (patches, made)  # the patches, too: an id is one as long as its object lives
+        self.kept[made_of] = self.kept.pop(made_of)  # the last one used is the last one to go
+        self.patches, self.adapters = self.kept[made_of]
+        for old in list(self.kept)[:-keep]:
+            del self.kept[old]
+        return new and bool(patches)
 
     def drop_adapters(self) -> None:
         """Free their memory."""
-        self.patches, self.adapted_as, self.adapters = [], None, None
+        self.patches, self.adapters = [], None
+        self.kept.clear()
 
     def adapted(self, adapters: Adapters, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         """:meth:`forward` with adapters; low rank is part of the weight's own branch."""
+        adapters = adapters.to(x)
         if adapters.branch is not None:
-            up, down = (t.to(x.device, x.dtype) for t in (adapters.branch.up, adapters.branch.down))
-            weight = torch.addmm(weight, up, down)
+            weight = torch.addmm(weight, adapters.branch.up, adapters.branch.down)
         if not adapters.others:
             return nn.functional.linear(x, weight, bias)
         outside = None  # a bias that is not adapted with the weight's output
@@ -158,22 +163,23 @@ class Linear(comfy.ops.manual_cast.Linear):
         y = adapters(f, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if outside is None else y + outside
 
-    def effective_weight(self) -> Tensor:
-        """(N, K) float32, without adapters."""
-        return as_linear(self.weight._qdata, self.weight._params).dequantized_weight()
+    def effective_weight(self, device: torch.device) -> Tensor:
+        """(N, K) float32 on ``device``, without adapters."""
+        weight = self.weight.to(device)  # as codes
+        return as_linear(weight._qdata, weight._params).dequantized_weight()
 
     def wider_branch(self) -> dict[str, Tensor] | None:
         """The branch with the adapters in it, by its names on disk; None where they, or the format, do not allow it."""
         params, adapters = self.weight._params, self.adapters
         if adapters is None or adapters.branch is None or adapters.others or params.proj_down is None:
             return None
-        wider: Any = torch.addmm(self.weight.cpu(), adapters.branch.up.cpu(), adapters.branch.down.cpu())
-        tensors = {name: getattr(wider._params, name) for name in ("proj_down", "proj_up")}
-        return {name: tensor.to(params.scale.dtype).contiguous() for name, tensor in tensors.items()}
+        up, down = (t.to("cpu", params.scale.dtype) for t in (adapters.branch.up, adapters.branch.down))
+        wider: Any = torch.addmm(self.weight.cpu(), up, down)
+        return {name: getattr(wider._params, name).contiguous() for name in ("proj_down", "proj_up")}
 
     def merged(self) -> dict[str, Tensor]:
         """The layer with its adapters in 16 bit; its bias only where it is not as on disk."""
-        weight = comfy.lora.calculate_weight(self.patches, self.effective_weight().cpu(), "")
+        weight = comfy.lora.calculate_weight(self.patches, self.effective_weight(torch.device("cpu")), "")
         shift = shift_bias(self.weight)
         bias = {} if shift is None else {"bias": self.plain_bias(self.bias, self.bias)}
         return {"weight": weight.to(self.weight.dtype), **bias}

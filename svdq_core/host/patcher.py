@@ -7,41 +7,38 @@ removed without moving a weight.
 """
 
 import logging
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from comfy.model_patcher import LowVramPatch, ModelPatcher, ModelPatcherDynamic, get_key_weight
+from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, get_key_weight
+from comfy.patcher_extension import CallbacksMP
 from comfy.utils import set_attr_param
 from torch import Tensor
 
 from .adapters import REDUCED_RANK, Patch, fits_beside
 from .ops import DISK_NAMES, Linear
 
-MODEL = "diffusion_model."
+HOOKED = 4  # sets of adapters kept while hooks take turns
+WORTH_TELLING = 0.9995  # share of energy below which a reduction is logged
 
 
 class BesidePatcher(ModelPatcher):
-    """The part that ComfyUI's two patchers, with and without dynamic VRAM, have in common."""
+    """The part that ComfyUI's two patchers, with and without dynamic VRAM, have in common.
+
+    ``model.quantized_linears`` has the linears with 4-bit weights by the weight's key. The names of modules do not
+    do: nodes that compile blocks put wrappers between them.
+    """
 
     patches: dict[str, list[Patch]]
     patches_uuid: Any
 
-    def quantized_linear(self, key: Any) -> Linear | None:
-        """The linear whose 4-bit weight has this key."""
-        if not isinstance(key, str) or not key.startswith(MODEL) or not key.endswith(".weight"):
-            return None
-        try:
-            module = self.model.get_submodule(key.removesuffix(".weight"))
-        except AttributeError:
-            return None
-        return module if isinstance(module, Linear) and module.quantized else None
-
     def stays_beside(self, key: str) -> bool:
         """Whether all patches of a key stay beside a 4-bit weight."""
         patches = self.patches.get(key, ())
-        return bool(patches) and self.quantized_linear(key) is not None and all(map(fits_beside, patches))
+        return bool(patches) and key in self.model.quantized_linears and all(map(fits_beside, patches))
 
     @contextmanager
     def ordinary_patches(self) -> Iterator[None]:
@@ -62,36 +59,50 @@ class BesidePatcher(ModelPatcher):
         return added
 
     def clone_has_same_weights(self, clone: Any, allow_multigpu: bool = False) -> Any:
-        same = super().clone_has_same_weights(clone, allow_multigpu)
-        return same and signatures(self.patches) == signatures(clone.patches)
+        if signatures(self.patches) != signatures(clone.patches):
+            return False
+        return super().clone_has_same_weights(clone, allow_multigpu)
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         return adopt(super().clone(*args, **kwargs))  # ComfyUI names its own class for a non-dynamic delegate
 
-    def memory_required(self, input_shape: Any) -> Any:
-        """What sampling takes beside the weights: the adapters, too."""
-        beside = {key: p for key, p in self.patches.items() if self.stays_beside(key)}
-        adapters = sum(LowVramPatch(key, beside).memory_required() for key in beside)
-        return super().memory_required(input_shape) + adapters
+    # Adapters
 
-    def attach(self, extra: dict[str, list[Patch]]) -> None:
-        """Give every quantized linear its adapters: this patcher's patches, then ``extra`` ones (from hooks)."""
-        device, dtype = torch.device(self.load_device), self.model.get_dtype_inference()
-        like = torch.empty(0, device=device, dtype=dtype)
-        reduced = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, Linear) and module.quantized:
-                key = f"{name}.weight"
-                patches = [*self.patches.get(key, ()), *extra.get(key, ())]
-                module.set_patches(key, patches if all(map(fits_beside, patches)) else [], like)
-                if module.adapters is not None and module.adapters.energy < 1:
-                    reduced.append((module.adapters.energy, name))
+    def attach(self, extra: dict[str, list[Patch]], keep: int = 1) -> int:
+        """Give every quantized linear its adapters: this patcher's patches, then ``extra`` ones (from hooks).
+
+        The last ``keep`` sets of each stay at hand. Returns the bytes that the adapters in use take. If memory runs
+        out, all are dropped.
+        """
+        try:
+            return self.attach_all(extra, keep)
+        except Exception:
+            self.drop_adapters()
+            raise
+
+    def attach_all(self, extra: dict[str, list[Patch]], keep: int) -> int:
+        dtype = self.get_model_object("manual_cast_dtype") or self.model.get_dtype()
+        like = torch.empty(0, device=self.load_device, dtype=dtype)
+        reduced, size = [], 0
+        for key, linear in self.model.quantized_linears.items():
+            patches = [*self.patches.get(key, ()), *extra.get(key, ())]
+            made = linear.set_patches(key, patches if all(map(fits_beside, patches)) else [], like, keep)
+            if linear.adapters is not None:
+                size += linear.adapters.nbytes
+                if made and linear.adapters.energy < WORTH_TELLING:
+                    reduced.append((linear.adapters.energy, key))
         if reduced:
-            energy, name = min(reduced)
+            energy, key = min(reduced)
             logging.warning(
                 "SVDQuant: %d full-size differences are used as LoRAs of rank %d. The least faithful, %s, keeps "
-                "%.1f %% of its energy.", len(reduced), REDUCED_RANK, name, 100 * energy,
+                "%.1f %% of its energy.", len(reduced), REDUCED_RANK, key, 100 * energy,
             )  # fmt: skip
+        return size
+
+    def drop_adapters(self) -> None:
+        """Free the memory of all adapters."""
+        for linear in self.model.quantized_linears.values():
+            linear.drop_adapters()
 
     def patch_model(self, *args: Any, **kwargs: Any) -> Any:
         """Called whenever this patcher's model is about to be used: its adapters take the place of others'."""
@@ -100,34 +111,65 @@ class BesidePatcher(ModelPatcher):
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
         if unpatch_weights:
-            for module in self.model.modules():
-                if isinstance(module, Linear):
-                    module.drop_adapters()
+            self.drop_adapters()
         return super().unpatch_model(device_to, unpatch_weights)
+
+    def patch_hooks(self, hooks: Any) -> None:
+        """Scheduled LoRAs: adapters that come and go between steps, and between prompts in a step."""
+        super().patch_hooks(hooks)
+        self.attach(self.get_combined_hook_patches(hooks), keep=HOOKED)
+
+    def clear_cached_hook_weights(self) -> None:
+        """After sampling."""
+        super().clear_cached_hook_weights()
+        self.attach({})
+
+    def patch_hook_weight_to_device(
+        self, hooks: Any, combined_patches: dict[str, list[Patch]], key: str, *args: Any, **kwargs: Any
+    ) -> None:
+        patches = [*self.patches.get(key, ()), *combined_patches.get(key, ())]
+        if key not in self.model.quantized_linears or not all(map(fits_beside, patches)):
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
+
+    # Loading
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         with self.ordinary_patches():
-            return super().load(*args, **kwargs)
+            loaded = super().load(*args, **kwargs)
+        self.model.loaded_with = self.loading_state()
+        return loaded
+
+    def loading_state(self) -> tuple[Any, ...]:
+        """What else than patches decides how weights are loaded."""
+        return dict(self.weight_wrapper_patches), self.force_cast_weights
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
+        """The adapters take their memory first; weights get what is left."""
+        linears = self.model.quantized_linears
+        if not any(key in linears for key in self.backup):  # a merge is undone first
+            before = sum(a.nbytes for linear in linears.values() if (a := linear.adapters))
+            extra_memory -= self.attach({}) - before
         if not force_patch_weights:
             self.exchange_patches(device_to)
         return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
 
     def exchange_patches(self, device_to: Any) -> None:
         """Other patches of 16-bit weights in a loaded model: ComfyUI would move the whole model out and in again."""
-        loaded = self.model.current_weight_patches_uuid
+        model, loaded = self.model, self.model.current_weight_patches_uuid
+        if loaded in (None, self.patches_uuid) or model.model_lowvram or self.is_dynamic():
+            return
+        if self.loading_state() != model.loaded_with or self.get_all_callbacks(CallbacksMP.ON_LOAD):
+            return
         wanted = [key for key in self.patches if not self.stays_beside(key)]
-        if loaded in (None, self.patches_uuid) or self.model.model_lowvram or self.is_dynamic():
-            return
-        if any(self.quantized_linear(key) for key in (*self.backup, *wanted)):  # merges change how much memory is used
-            return
-        for key in list(self.backup):
-            before = self.backup.pop(key)
-            set_attr_param(self.model, key, before.weight.to(device_to))
+        if any(key in model.quantized_linears for key in (*self.backup, *wanted)):
+            return  # merges change how much memory the weights take
+        model.current_weight_patches_uuid = uuid.uuid4()  # nobody's, until all are done
+        for key, before in list(self.backup.items()):
+            set_attr_param(model, key, before.weight.to(device_to))
+            del self.backup[key]
         for key in wanted:
             self.patch_weight_to_device(key, device_to)
-        self.model.current_weight_patches_uuid = self.patches_uuid
+        model.current_weight_patches_uuid = self.patches_uuid
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         with self.ordinary_patches():
@@ -138,23 +180,10 @@ class BesidePatcher(ModelPatcher):
             return get_key_weight(self.model, key)[0]
         return super().patch_weight_to_device(key, *args, **kwargs)
 
-    def patch_hooks(self, hooks: Any) -> None:
-        """Scheduled LoRAs: adapters that come and go between steps."""
-        super().patch_hooks(hooks)
-        self.attach(self.get_combined_hook_patches(hooks))
-
-    def patch_hook_weight_to_device(
-        self, hooks: Any, combined_patches: dict[str, list[Patch]], key: str, *args: Any, **kwargs: Any
-    ) -> None:
-        patches = [*self.patches.get(key, ()), *combined_patches.get(key, ())]
-        if self.quantized_linear(key) is None or not all(map(fits_beside, patches)):
-            super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
-
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, Tensor]:
         """Adapters are saved, too: low rank as a wider branch, anything else in a layer of 16 bit."""
-        model = model or self.model
         state_dict = super().model_state_dict_for_saving(model, prefix)
-        for name, module in model.named_modules():
+        for name, module in (model or self.model).named_modules():
             if isinstance(module, Linear) and module.adapters is not None:
                 wider = module.wider_branch()
                 if wider is None:
@@ -182,6 +211,13 @@ class BesideDynamicPatcher(BesidePatcher, ModelPatcherDynamic):
 def adopt(patcher: ModelPatcher) -> BesidePatcher:
     """The patcher that ComfyUI made, as ours."""
     patcher.__class__ = BesideDynamicPatcher if patcher.is_dynamic() else BesidePatcher
+    if not hasattr(patcher.model, "quantized_linears"):
+        patcher.model.loaded_with = None
+        patcher.model.quantized_linears = {
+            f"{name}.weight": module
+            for name, module in patcher.model.named_modules()
+            if isinstance(module, Linear) and module.quantized
+        }
     return patcher
 
 

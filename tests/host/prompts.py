@@ -46,3 +46,31 @@ def insert(graph: dict, class_type: str, **inputs) -> dict:
     node = {"class_type": class_type, "inputs": {"model": graph["sampler"]["inputs"]["model"], **inputs}}
     sampler = {"class_type": "KSampler", "inputs": graph["sampler"]["inputs"] | {"model": [class_type, 0]}}
     return graph | {class_type: node, "sampler": sampler}
+
+
+CALIBRATION = """\
+large red circle on white
+small green star on black
+large blue heart on yellow
+small white square on red
+large purple triangle on green
+small yellow moon on blue"""
+
+
+def quantize_prompt(preset: str) -> dict:
+    """SVDQuant Quantize on the demo model, with few prompts and steps."""
+    widgets = {"file_name": f"demo_{preset}", "preset": preset, "format": "int4", "rank": 32, "steps": 6}
+    widgets |= {"max_prompts": 6, "size": 128, "ram_limit_gb": 1.0, "seed": 0}
+    return {
+        "model": sixteen_bit_loader(),
+        "clip": {"class_type": "DemoTextEncoderLoader", "inputs": {}},
+        "prompts": {"class_type": "SVDQuantPrompts", "inputs": {"clip": ["clip", 0], "prompts": CALIBRATION}},
+        "quantize": {
+            "class_type": "SVDQuantQuantize",
+            "inputs": {"model": ["model", 0], "conditioning": ["prompts", 0], **widgets},
+        },
+    }
+
+
+def sixteen_bit_loader() -> dict:
+    return {"class_type": "UNETLoader", "inputs": {"unet_name": "demo_flux.safetensors", "weight_dtype": "default"}}
