@@ -130,7 +130,11 @@ def synchronize() -> None:
 
 
 def attaching(folder: Path) -> None:
-    """The node, and what happens when the sampler starts, for one LoRA of each rank and four at once."""
+    """The node, and what happens when the sampler starts, for one LoRA of each rank and four at once.
+
+    read: the file, once. node: SVDQuant LoRA when the file is known. attach: when the sampler starts; strength: with
+    another strength; off: back to none. bypass: attaching in ComfyUI's bypass mode, node and sampler.
+    """
     import comfy.sd
     from comfyui_svdquant.svdq_core.host.load import load_svdquant
     from comfyui_svdquant.svdq_core.host.lora import load_lora
@@ -158,10 +162,12 @@ def attaching(folder: Path) -> None:
         patched()  # the files are read now
         node = seconds(patched, 3)
         one, other = patched(0.8), patched(0.5)
-        model.attach({})
-        attach = seconds(lambda one=one: (model.attach({}), one.attach({})), 3)
-        strength = seconds(lambda one=one, other=other: (one.attach({}), other.attach({})), 3) / 2
-        off = seconds(lambda one=one: model.attach({}), 3)
+        attach, off, strength = [], [], []
+        for _ in range(3):
+            attach.append(seconds(lambda one=one: one.attach({}), 1))
+            strength.append(seconds(lambda other=other: other.attach({}), 1))
+            off.append(seconds(lambda: model.attach({}), 1))
+        attach, strength, off = (statistics.median(each) for each in (attach, strength, off))
         bypassed = seconds(bypass, 3)
         size = sum(path.stat().st_size for path in paths) / 2**20
         row = (read, node, attach, strength, off, bypassed)

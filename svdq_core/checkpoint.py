@@ -21,7 +21,7 @@ from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
 from .recipes import RECIPES, family_of, match_recipe, plan
 
-TOOL = "comfyui-svdquant 0.1.0"
+TOOL = "comfyui-svdquant 0.2.0"
 METADATA_KEY = "svdquant"
 DTYPES = {
     torch.float64: "F64",

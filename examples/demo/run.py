@@ -196,7 +196,8 @@ def compare_loras(server: ComfyServer, out: Path) -> None:
         merged = pictures(server, "demo_flux.safetensors", quantized=False, loras=loras)
         branch = pictures(server, "demo_flux_balanced.safetensors", quantized=True, loras=loras)
         quality = psnr(merged, branch)
-        rows += [(f"{label}\n16 bit, merged", merged), (f"{label}\n4 bit, branch\n{quality:.1f} dB PSNR", branch)]
+        how = (", merged", ", on the branch") if loras else ("", "")
+        rows += [(f"{label}\n16 bit{how[0]}", merged), (f"{label}\n4 bit{how[1]}\n{quality:.1f} dB PSNR", branch)]
         table.append(f"{label:16} {quality:6.1f} dB")
     sheet(rows).save(out / "lora_sheet.png")
     print(
