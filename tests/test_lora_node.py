@@ -186,7 +186,7 @@ def test_report_names_what_is_not_used(comfyui: ComfyServer):
         "lora_unet_double_blocks_7_img_mlp_2.lora_up.weight": torch.randn(256, 8),
     }
     text = report(comfyui, with_lora(add(comfyui, "partly", sd)))
-    assert "partly.safetensors: 13 of 17 keys apply" in text, text
+    assert "partly.safetensors: 13 of 17 keys apply (4 lora)." in text, text
     assert "For the text encoder: 2 keys" in text and "lora_te1" not in text
     assert text.count("double_blocks_7_img_mlp_2.lora_down.weight") == 1 and "Of no layer of this model: 2 keys" in text
     assert "lora key not loaded" not in comfyui.log()

@@ -111,7 +111,9 @@ def load_lora(model: ModelPatcher, path: Path, rank: int) -> LoraPatches:
     if not patches:
         raise SVDQuantError(f"{path.name}: {why_nothing_applies([*tensors], model)}")
     twice = given_twice(converted, key_map)
-    lora = LoraPatches(path.name, patches, describe_adapters(tensors), len(tensors), unused, twice)
+    left_out = set(unused)
+    kinds = describe_adapters({key: tensor for key, tensor in converted.items() if key not in left_out})
+    lora = LoraPatches(path.name, patches, kinds, len(tensors), unused, twice)
     progress = None
     for index, target in enumerate(patches):
         throw_exception_if_processing_interrupted()
