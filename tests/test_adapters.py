@@ -167,6 +167,18 @@ def test_wrong_shapes_are_left_out(kind, caplog):
     assert "does not fit double_blocks.3.img_mlp.0.weight" in caplog.text
 
 
+def test_boft_without_alpha():
+    """No constraint, as an alpha of 0 means. (ComfyUI's merge stops at the missing number.)"""
+    results = []
+    for alpha in (None, 0.0):
+        linear, _ = make_linear("int4")
+        value = make_value("boft", N, K, None, 0)
+        value.weights = (*value.weights[:2], alpha, None)
+        attach(linear, [(0.7, value, 1.0, None, None)])
+        results.append(linear(torch.ones(2, K)))
+    assert torch.equal(*results) and error_db(results[0], make_linear("int4")[0](torch.ones(2, K))) > -30
+
+
 def test_half_precision():
     """In bf16 and fp16 the branch has the model's dtype, and is as exact as that allows."""
     for dtype, limit in ((torch.bfloat16, -40), (torch.float16, -55)):

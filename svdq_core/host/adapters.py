@@ -107,7 +107,7 @@ def reduced(value: Any, rank: int, device: torch.device) -> tuple[Any, float | N
         return value, None
     known = reductions.setdefault(source, {})
     if rank not in known:
-        delta = source if magnitude is None and difference(value) is not None else loha_delta(value, device)
+        delta = loha_delta(value, device) if isinstance(value, LoHaAdapter) else source
         branch, energy = reduce(delta.to(device), rank)
         weights = (branch.up.cpu(), branch.down.cpu(), None, None, magnitude, None)
         known[rank] = LoRAAdapter(getattr(value, "loaded_keys", set()), weights), energy
@@ -117,7 +117,7 @@ def reduced(value: Any, rank: int, device: torch.device) -> tuple[Any, float | N
 def loha_delta(value: LoHaAdapter, device: torch.device) -> Tensor:
     """The update (N, K) of a LoHa, float32."""
     w1_a, w1_b, alpha, w2_a, w2_b, *_ = on_device(value, device)
-    return (w1_a @ w1_b) * (w2_a @ w2_b) * (1.0 if alpha is None else alpha / w1_b.shape[0])
+    return (w1_a @ w1_b) * (w2_a @ w2_b) * ratio(alpha, w1_b.shape[0])
 
 
 def translate(
@@ -145,7 +145,8 @@ def translate(
         if magnitude is None:
             return [replace(product, left=product.left * (strength * scale))]
         return dora(current(), replace(product, left=product.left * scale), magnitude, strength)
-    return [rotation(type(value)(set(), tuple(tensors)), strength, shape)]
+    blocks, rescale, alpha, _ = tensors
+    return [rotation(type(value)(set(), (blocks, rescale, alpha or 0.0, None)), strength, shape)]
 
 
 def on_device(value: Any, device: torch.device) -> list[Any]:
