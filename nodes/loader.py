@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..svdq_core import SVDQuantError, describe_file
 from ..svdq_core.host.load import load_svdquant
+from .files import fingerprint, name_error
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,19 +64,11 @@ class SVDQuantLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, unet_name: str | None) -> bool | str:
-        """A clear message where ComfyUI's would be a list of every file; a linked name comes as None."""
-        try:
-            return unet_name is None or find_model(unet_name).is_file()
-        except SVDQuantError as error:
-            return str(error)
+        return name_error(find_model, [unet_name])
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str | None, dtype: str) -> str:
-        """Changes when the file does, so that it is loaded again."""
-        if unet_name is None:
-            return ""
-        stat = find_model(unet_name).stat()
-        return f"{stat.st_mtime_ns} {stat.st_size}"
+        return fingerprint(find_model, [unet_name])
 
     @classmethod
     def execute(cls, unet_name: str, dtype: str) -> io.NodeOutput:

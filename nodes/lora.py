@@ -10,6 +10,7 @@ from server import PromptServer
 from ..svdq_core.errors import SVDQuantError
 from ..svdq_core.host.adapters import REDUCED_RANK
 from ..svdq_core.host.lora import add_lora
+from .files import fingerprint, name_error
 
 STACK = 5  # rows of the stack; stacks can be chained
 NONE = "none"
@@ -23,20 +24,6 @@ def find_lora(name: str) -> Path:
     if not path:
         raise SVDQuantError(f"{name}: no such file in models/loras. Refresh (R) and choose another.")
     return Path(path)
-
-
-def name_error(*names: str | None) -> bool | str:
-    """True, or the first bad name in words; a linked name comes as None."""
-    try:
-        return all(find_lora(name) for name in names if name not in (None, NONE))
-    except SVDQuantError as error:
-        return str(error)
-
-
-def fingerprint(*names: str | None) -> str:
-    """Changes when a file does, so that it is read again."""
-    stats = [find_lora(name).stat() for name in names if name not in (None, NONE)]
-    return " ".join(f"{stat.st_mtime_ns} {stat.st_size}" for stat in stats)
 
 
 def apply(model, loras: list[tuple[str, float]], rank: int, node_id: str) -> io.NodeOutput:
@@ -120,11 +107,11 @@ class SVDQuantLoRA(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
-        return name_error(lora_name)
+        return name_error(find_lora, [lora_name])
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **others) -> str:
-        return fingerprint(lora_name)
+        return fingerprint(find_lora, [lora_name])
 
     @classmethod
     def execute(cls, model, lora_name: str, strength: float, rank: int = REDUCED_RANK) -> io.NodeOutput:
@@ -161,11 +148,13 @@ class SVDQuantLoRAStack(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_1=None, lora_2=None, lora_3=None, lora_4=None, lora_5=None) -> bool | str:
-        return name_error(lora_1, lora_2, lora_3, lora_4, lora_5)
+        rows = (lora_1, lora_2, lora_3, lora_4, lora_5)
+        return name_error(find_lora, [name for name in rows if name != NONE])
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
-        return fingerprint(*(inputs.get(f"lora_{i}") for i in range(1, STACK + 1)))
+        rows = [inputs.get(f"lora_{i}") for i in range(1, STACK + 1)]
+        return fingerprint(find_lora, [name for name in rows if name != NONE])
 
     @classmethod
     def execute(cls, model, rank: int = REDUCED_RANK, **rows) -> io.NodeOutput:
