@@ -192,14 +192,3 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
     ground = paint(rng, [scene.ground for scene in scenes], ramp=0.12)
     shape = paint(rng, [scene.colour for scene in scenes], ramp=0.10)
     return torch.lerp(ground, shape, alpha).clamp(0, 1)
-
-
-def contact_sheet(pictures: Tensor, columns: int, gap: int = 4) -> np.ndarray:
-    """Lay pictures (N, 3, H, W) in 0..1 out on one (H', W', 3) uint8 sheet."""
-    count, _, height, width = pictures.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 128, dtype=np.uint8)
-    for index, picture in enumerate((pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()):
-        top, left = (gap + n * (s + gap) for n, s in zip(divmod(index, columns), (height, width)))
-        sheet[top : top + height, left : left + width] = picture
-    return sheet

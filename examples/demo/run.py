@@ -58,7 +58,6 @@ STEPS, CFG, SIZE = 25, 3.0, 128
 
 Loras = tuple[tuple[str, float], ...]  # (style, strength)
 LORAS: dict[str, Loras] = {
-    "no LoRA": (),
     "neon": (("neon", 1.0),),
     "sticker": (("sticker", 1.0),),
     "both, 0.5 each": (("neon", 0.5), ("sticker", 0.5)),
@@ -108,15 +107,15 @@ def quantize(server: ComfyServer, model: str, preset: str) -> str:
 def pictures(server: ComfyServer, file: str, quantized: bool, loras: Loras = ()) -> list[np.ndarray]:
     """One picture per prompt, float (H, W, 3) in 0...1."""
     out = []
+    prompt = load_workflow(server, "text_to_image_lora" if loras else "text_to_image")
+    change(prompt, "SVDQuantLoader", unet_name=file)
+    for row, (name, strength) in enumerate(loras, start=1):
+        lora = {f"lora_{row}": f"demo_lora_{name}.safetensors", f"strength_{row}": strength}
+        change(prompt, "SVDQuantLoRAStack", **lora)
+    if not quantized:
+        to_16_bit(prompt, file, loras)
     for seed, text in enumerate(PROMPTS, start=1):
-        prompt = load_workflow(server, "text_to_image_lora" if loras else "text_to_image")
         set_picture(prompt, text, seed)
-        change(prompt, "SVDQuantLoader", unet_name=file)
-        for row, (name, strength) in enumerate(loras, start=1):
-            lora = {f"lora_{row}": f"demo_lora_{name}.safetensors", f"strength_{row}": strength}
-            change(prompt, "SVDQuantLoRAStack", **lora)
-        if not quantized:
-            to_16_bit(prompt, file, loras)
         history = server.run(prompt, timeout=300)
         out.append(np.asarray(Image.open(server.images(history)[0]).convert("RGB"), np.float32) / 255)
     return out
@@ -165,8 +164,11 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
     return image
 
 
-def compare_quantization(server: ComfyServer, out: Path) -> None:
-    """The demo model and its hard variant: 16 bit, naive and SVDQuant. Leaves the 4-bit files for what follows."""
+def compare_quantization(server: ComfyServer, out: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The demo model and its hard variant: 16 bit, naive and SVDQuant. Leaves the 4-bit files for what follows.
+
+    Returns the pictures of the demo model in 16 bit and with SVDQuant.
+    """
     models = server.base / "models" / "diffusion_models"
     rows, table = [], []
     for model, label in (("demo_flux", "as trained"), ("demo_flux_hard", "with outliers")):
@@ -187,17 +189,24 @@ def compare_quantization(server: ComfyServer, out: Path) -> None:
     print(
         f"\n{'model':14} {'quantization':15} {'size ratio':>10} {'PSNR':>9} {'mean layer error':>17}", *table, sep="\n"
     )
+    (_, exact), _, (_, made), *_ = rows
+    return exact, made
 
 
-def compare_loras(server: ComfyServer, out: Path) -> None:
-    """Each LoRA merged into the 16-bit model by ComfyUI, and on the branch of the 4-bit one."""
-    rows, table = [], []
+def compare_loras(server: ComfyServer, out: Path, exact: list[np.ndarray], made: list[np.ndarray]) -> None:
+    """Each LoRA merged into the 16-bit model by ComfyUI, and on the branch of the 4-bit one.
+
+    ``exact`` and ``made`` are the pictures of the two without a LoRA.
+    """
+    quality = psnr(exact, made)
+    rows = [("no LoRA\n16 bit", exact), (f"no LoRA\n4 bit\n{quality:.1f} dB PSNR", made)]
+    table = [f"{'no LoRA':16} {quality:6.1f} dB"]
     for label, loras in LORAS.items():
         merged = pictures(server, "demo_flux.safetensors", quantized=False, loras=loras)
         branch = pictures(server, "demo_flux_balanced.safetensors", quantized=True, loras=loras)
         quality = psnr(merged, branch)
-        how = (", merged", ", on the branch") if loras else ("", "")
-        rows += [(f"{label}\n16 bit{how[0]}", merged), (f"{label}\n4 bit{how[1]}\n{quality:.1f} dB PSNR", branch)]
+        rows.append((f"{label}\n16 bit, merged", merged))
+        rows.append((f"{label}\n4 bit, on the branch\n{quality:.1f} dB PSNR", branch))
         table.append(f"{label:16} {quality:6.1f} dB")
     sheet(rows).save(out / "lora_sheet.png")
     print(
@@ -219,8 +228,8 @@ def main() -> None:
         for file in (HERE / "models").glob("demo_lora_*.safetensors"):
             server.add_model(file, "loras")
         print(f"ComfyUI answers at {server.url} ({time.monotonic() - started:.0f} s)", flush=True)
-        compare_quantization(server, out)
-        compare_loras(server, out)
+        exact, made = compare_quantization(server, out)
+        compare_loras(server, out, exact, made)
     print(f"\nPictures: {out / 'sheet.png'}, {out / 'lora_sheet.png'}   ({time.monotonic() - started:.0f} s)")
 
 
