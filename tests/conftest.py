@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from host.install import ROOT, host_path
 from host.prompts import quantize_prompt
 from host.server import ComfyServer
+from sampling import load
 
 DEMO = ROOT / "examples" / "demo"
 
@@ -90,6 +92,12 @@ def host(comfy: ModuleType) -> Iterator[ModuleType]:
     with torch.inference_mode():
         yield comfy
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(host: ModuleType, small_flux_files: dict[str, Path]) -> Any:
+    """The int4 model, loaded once per file of tests; tests clone it."""
+    return load(small_flux_files["int4"])
 
 
 class FakeVBAR:

@@ -46,12 +46,6 @@ RANK, ALPHA = 8, 4.0
 
 
 @pytest.fixture(scope="module")
-def model(host, small_flux_files):
-    """The int4 model, loaded once; tests clone it."""
-    return load(small_flux_files["int4"])
-
-
-@pytest.fixture(scope="module")
 def loras(host) -> dict[str, dict[str, Tensor]]:
     """Two LoRA files where LoraLoader finds them, and what is in them."""
     return {name: write_lora(name, seed) for seed, name in enumerate(("one", "two"))}

@@ -39,12 +39,6 @@ def sixteen_bit(small_flux_files) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model(host, small_flux_files):
-    """The int4 model, loaded once; tests clone it."""
-    return load(small_flux_files["int4"])
-
-
-@pytest.fixture(scope="module")
 def twin(host, small_flux_files):
     return small_flux.twin(small_flux_files["bf16"], small_flux_files["int4"])
 
