@@ -137,7 +137,7 @@ def attaching(folder: Path) -> None:
     """
     import comfy.sd
     from comfyui_svdquant.svdq_core.host.load import load_svdquant
-    from comfyui_svdquant.svdq_core.host.lora import load_lora
+    from comfyui_svdquant.svdq_core.host.lora import load_lora, read_cached
     from comfyui_svdquant.svdq_core.lora_files import read_lora
 
     model = load_svdquant(write_hole(folder / "flux1-dev.safetensors"))
@@ -155,7 +155,7 @@ def attaching(folder: Path) -> None:
         def bypass(paths: list[Path] = paths) -> None:
             each = model
             for path in paths:
-                each, _ = comfy.sd.load_bypass_lora_for_models(each, None, read_lora_cached(path), 0.8, 0)
+                each, _ = comfy.sd.load_bypass_lora_for_models(each, None, read_cached(path), 0.8, 0)
             each.inject_model()
             each.eject_model()
 
@@ -174,13 +174,6 @@ def attaching(folder: Path) -> None:
         print(f"{count} x r{rank:>4} {size:6.0f} MB " + " ".join(f"{1e3 * s:5.0f} ms" for s in row), flush=True)
         for path in paths:
             path.unlink()
-
-
-def read_lora_cached(path: Path) -> dict[str, Tensor]:
-    from comfyui_svdquant.svdq_core.host.lora import read_cached
-
-    stat = path.stat()
-    return read_cached(path, stat.st_mtime_ns, stat.st_size)
 
 
 def stepping(tokens: int) -> None:

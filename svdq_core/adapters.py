@@ -27,6 +27,15 @@ class LowRank:
     down: Tensor
     additive = True
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the weight it is made for."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def times(self, factor: float) -> "LowRank":
+        """The update times a number, which is applied in float32."""
+        return replace(self, up=self.up.float() * factor)
+
     def __call__(self, f: Rows, x: Tensor) -> Tensor:
         return torch.addmm(f(x), x @ self.down.t(), self.up.t())
 
@@ -55,9 +64,19 @@ class Kronecker:
     gain: "Gain | None" = None
     additive = True
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the weight, or the part of one, that it is made for."""
+        return self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1]
+
+    def times(self, factor: float) -> "Kronecker":
+        """The update times a number, which is applied in float32."""
+        return replace(self, left=self.left.float() * factor)
+
     def __call__(self, f: Rows, x: Tensor) -> Tensor:
-        (n1, k1), (n2, k2) = self.left.shape, self.right.shape
-        part, length = x.narrow(1, self.column, k1 * k2), n1 * n2
+        k1, k2 = self.left.shape[1], self.right.shape[1]
+        length, width = self.shape
+        part = x.narrow(1, self.column, width)
 
         def product(rows: Tensor) -> Tensor:
             grid = torch.einsum("mik,ji->mjk", rows.unflatten(1, (k1, k2)), self.left)
@@ -176,15 +195,24 @@ AnyAdapter = TypeVar("AnyAdapter", bound=Adapter)
 
 def cast(adapter: AnyAdapter, like: Tensor) -> AnyAdapter:
     """The adapter with its tensors on the device and in the dtype of ``like``."""
-    changed: dict[str, Any] = {k: v.to(like) for k, v in vars(adapter).items() if isinstance(v, Tensor)}
-    if isinstance(adapter, Kronecker) and adapter.gain is not None:
-        changed["gain"] = cast(adapter.gain, like)
+    changed: dict[str, Any] = {}
+    for name, value in vars(adapter).items():
+        if isinstance(value, Tensor):
+            changed[name] = value.to(like)
+        elif isinstance(value, Gain):
+            changed[name] = cast(value, like)
     return replace(adapter, **changed)
 
 
 def tensors_of(adapter: Adapter) -> list[Tensor]:
-    """Its own tensors."""
-    return [v for v in vars(adapter).values() if isinstance(v, Tensor)]
+    """Its tensors, with those of its gain."""
+    tensors = []
+    for value in vars(adapter).values():
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, Gain):
+            tensors += tensors_of(value)
+    return tensors
 
 
 def loha(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> LowRank:
@@ -225,4 +253,4 @@ def dora(weight: Tensor, delta: LowRank | Kronecker, magnitude: Tensor, strength
 
 def dense(delta: LowRank | Kronecker) -> Tensor:
     """The update itself, (N, K)."""
-    return delta.up @ delta.down if isinstance(delta, LowRank) else torch.kron(delta.left, delta.right)
+    return delta.up @ delta.down.float() if isinstance(delta, LowRank) else torch.kron(delta.left, delta.right)

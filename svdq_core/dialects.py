@@ -11,6 +11,8 @@ from .errors import SVDQuantError
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
 TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
 
+SCALE_AND_SHIFT = "final_layer.adaLN_modulation.1"  # diffusers stores scale before shift, BFL after it
+
 # diffusers' FLUX → black-forest-labs/flux. A list of sources is concatenated along the output features.
 DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = {
     "img_in": "x_embedder",
@@ -22,7 +24,7 @@ DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = {
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    SCALE_AND_SHIFT: "norm_out.linear",
     "double_blocks.{i}.img_mod.lin": "transformer_blocks.{i}.norm1.linear",
     "double_blocks.{i}.txt_mod.lin": "transformer_blocks.{i}.norm1_context.linear",
     "double_blocks.{i}.img_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.to_{c}" for c in "qkv"),
@@ -59,6 +61,11 @@ def to_comfy_names(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     return renamed
 
 
+def swap_halves(tensor: Tensor) -> Tensor:
+    """Rows of :data:`SCALE_AND_SHIFT` in BFL's order, from diffusers'."""
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
 def strip_prefix(sd: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keys of the diffusion model alone: a full checkpoint's text encoders and VAE are left out."""
     for prefix in PREFIXES:
@@ -85,8 +92,8 @@ def from_diffusers_flux(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
                     missing = next(k for k in keys if k not in sd)
                     raise SVDQuantError(f"{where}: {missing} is missing. The file is incomplete; download it again.")
                 tensor = sd[keys[0]] if len(keys) == 1 else torch.cat([sd[k] for k in keys])
-                if target == "final_layer.adaLN_modulation.1":  # diffusers stores scale before shift
-                    tensor = torch.cat(tensor.chunk(2)[::-1])
+                if target == SCALE_AND_SHIFT:
+                    tensor = swap_halves(tensor)
                 out[f"{target.replace('{i}', str(i))}.{end}"] = tensor
                 used.update(keys)
     return out | {k: t for k, t in sd.items() if k not in used}

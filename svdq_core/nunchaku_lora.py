@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .dialects import DIFFUSERS_FLUX
+from .dialects import DIFFUSERS_FLUX, SCALE_AND_SHIFT, swap_halves
 from .errors import SVDQuantError
 from .lora_checks import check_parts, wrong_shape
 
@@ -204,8 +204,8 @@ def add_nunchaku_plain(out: dict[str, Tensor], key: str, tensor: Tensor, where: 
         raise SVDQuantError(
             f"{where}: {key}: an unpacked LoRA inside a file in Nunchaku's format. Use the LoRA it was converted from."
         )
-    if bfl == "final_layer.adaLN_modulation.1" and end != "lora_A.weight":  # diffusers stores scale before shift
-        tensor = torch.cat(tensor.chunk(2)[::-1])
+    if bfl == SCALE_AND_SHIFT and end != "lora_A.weight":
+        tensor = swap_halves(tensor)
     layer = bfl.replace("{i}", number[1]) if number else bfl
     end = {"weight": "set_weight", "bias": "diff_b"}.get(end, end)
     out[f"diffusion_model.{layer}.{end}"] = tensor

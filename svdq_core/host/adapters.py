@@ -6,7 +6,6 @@ A patch is ComfyUI's tuple ``(strength, value, strength_model, offset, function)
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,8 @@ from ..adapters import Adapter, Adapters, Kronecker, LowRank, Rotation, dora, jo
 
 EXACT_RANK = 256  # a LoHa of two factors of rank R is exactly of rank R²; beyond this it is reduced
 REDUCED_RANK = 128  # of what is not low rank, unless SVDQuant LoRA was told another
-Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
+Offset = tuple[int, int, int] | None  # (dimension, start, length) of the slice of a weight that is patched
+Patch = tuple[float, Any, float, Offset, Any]
 
 reductions: Any = WeakTensorKeyDictionary()  # a new strength needs no new SVD
 
@@ -52,7 +52,7 @@ def fits_beside(patch: Patch) -> bool:
     return difference(value) is not None
 
 
-def scales_output(magnitude: Tensor | None, up: Tensor, offset: tuple[int, int, int] | None) -> bool:
+def scales_output(magnitude: Tensor | None, up: Tensor, offset: Offset) -> bool:
     """Whether DoRA's magnitudes have a place: on any whole weight, and on slices of rows if they scale rows."""
     return magnitude is None or offset is None or (offset[0] == 0 and magnitude.shape[0] == up.shape[0])
 
@@ -62,6 +62,13 @@ def difference(value: Any) -> Tensor | None:
     if isinstance(value, tuple) and value[0] == "diff":
         value = value[1]
     return value[0] if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], Tensor) else None
+
+
+def signature(patches: list[Patch]) -> tuple[Any, ...]:
+    """What makes patches the same, without comparing tensors: as long as the values live."""
+    return tuple(
+        (strength, id(value), strength_model, offset) for strength, value, strength_model, offset, _ in patches
+    )
 
 
 def build(
@@ -126,9 +133,7 @@ def translate(
     """The adapters, in order, of one patch on a weight (or slice) of ``shape``."""
     if isinstance(value, LoRAAdapter):
         up, down, alpha, _, magnitude, _ = value.weights
-        delta = LowRank(
-            up.to(device).flatten(1), down.to(device).flatten(1)
-        )  # most files are this: no copy for nothing
+        delta = LowRank(up.to(device).flatten(1), down.to(device).flatten(1))  # most files: no float32 for nothing
         return scaled(delta, ratio(alpha, down.shape[0]), magnitude, strength, shape, current)
     tensors = on_device(value, device)
     magnitude = tensors[-1]
@@ -141,10 +146,7 @@ def translate(
         return scaled(delta, scale, magnitude, strength, shape, current)
     if isinstance(value, LoKrAdapter):
         product, scale = lokr(tensors)
-        check((product.left.shape[0] * product.right.shape[0], product.left.shape[1] * product.right.shape[1]), shape)
-        if magnitude is None:
-            return [replace(product, left=product.left * (strength * scale))]
-        return dora(current(), replace(product, left=product.left * scale), magnitude, strength)
+        return scaled(product, scale, magnitude, strength, shape, current)
     blocks, rescale, alpha, _ = tensors
     return [rotation(type(value)(set(), (blocks, rescale, alpha or 0.0, None)), strength, shape)]
 
@@ -160,7 +162,7 @@ def ratio(alpha: float | None, rank: int) -> float:
 
 
 def scaled(
-    delta: LowRank,
+    delta: LowRank | Kronecker,
     scale: float,
     magnitude: Tensor | None,
     strength: float,
@@ -168,11 +170,11 @@ def scaled(
     current: Callable[[], Tensor],
 ) -> list[Adapter]:
     """``strength`` times ``scale`` times an update, with DoRA's magnitudes if it has any."""
-    check((delta.up.shape[0], delta.down.shape[1]), shape)
+    check(delta.shape, shape)
     if magnitude is None:
-        return [LowRank(delta.up.float() * (strength * scale), delta.down)]
-    whole = LowRank(delta.up.float() * scale, delta.down.float())
-    return dora(current(), whole, magnitude.to(delta.up.device).float(), strength)
+        return [delta.times(strength * scale)]
+    weight = current()
+    return dora(weight, delta.times(scale), magnitude.to(weight.device).float(), strength)
 
 
 def lokr(tensors: list[Any]) -> tuple[Kronecker, float]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import SVDQuantError
 from ..lora_checks import describe_adapters
 from ..lora_files import foreign_architecture, read_lora
-from .adapters import check, difference, fits_beside, reduced, translate
+from .adapters import Offset, check, difference, fits_beside, reduced, translate
 from .layout import is_quantized
 
 CACHED_FILES = 8
@@ -102,8 +102,7 @@ def load_lora(model: ModelPatcher, path: Path, rank: int) -> LoraPatches:
 
     :class:`SVDQuantError` for a file that cannot be read, is for another architecture or for other layer sizes.
     """
-    stat = path.stat()
-    tensors = read_cached(path, stat.st_mtime_ns, stat.st_size)
+    tensors = read_cached(path)
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     converted = comfy.lora_convert.convert_lora(dict(tensors))
     with keys_not_loaded() as unused:
@@ -119,8 +118,9 @@ def load_lora(model: ModelPatcher, path: Path, rank: int) -> LoraPatches:
         throw_exception_if_processing_interrupted()
         key, offset = (target, None) if isinstance(target, str) else target[:2]
         weight = comfy.utils.get_attr(model.model, key)
-        check_shape(path.name, key, patches[target], weight, offset)
-        if is_quantized(weight) and not fits_beside((1.0, patches[target], 1.0, offset, None)):
+        beside = fits_beside((1.0, patches[target], 1.0, offset, None))
+        check_shape(path.name, key, patches[target], weight, offset, beside)
+        if is_quantized(weight) and not beside:
             lora.in_16_bit.append(key)
         elif is_quantized(weight):
             patches[target], energy = reduced(patches[target], rank, get_torch_device())
@@ -131,9 +131,15 @@ def load_lora(model: ModelPatcher, path: Path, rank: int) -> LoraPatches:
     return lora
 
 
-@lru_cache(maxsize=CACHED_FILES)
-def read_cached(path: Path, modified: int, size: int) -> dict[str, Tensor]:
+def read_cached(path: Path) -> dict[str, Tensor]:
     """The file's tensors; another strength or a switch back does not read it again."""
+    stat = path.stat()
+    return read_version(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=CACHED_FILES)
+def read_version(path: Path, modified: int, size: int) -> dict[str, Tensor]:
+    """The tensors of a file as it was at that time."""
     return read_lora(path)[0]
 
 
@@ -176,8 +182,11 @@ def why_nothing_applies(keys: list[str], model: ModelPatcher) -> str:
     return f"none of its {len(keys)} keys belongs to this model ({name}). The first are: {', '.join(sorted(keys)[:4])}."
 
 
-def check_shape(name: str, key: str, value: Any, weight: Tensor | None, offset: Any) -> None:
-    """Raise :class:`SVDQuantError` for a patch that is made for a weight of another shape."""
+def check_shape(name: str, key: str, value: Any, weight: Tensor | None, offset: Offset, beside: bool) -> None:
+    """Raise :class:`SVDQuantError` for a patch that is made for a weight of another shape.
+
+    Adapters are checked where they fit ``beside`` a weight; others are ComfyUI's business.
+    """
     made = f"{name}: {key} does not fit: "
     advice = "This LoRA was made for a model of another size or kind."
     if weight is None:
@@ -189,7 +198,7 @@ def check_shape(name: str, key: str, value: Any, weight: Tensor | None, offset: 
     try:
         if tensor is not None:
             check(tensor.shape, tuple(part))
-        elif len(part) == 2 and fits_beside((1.0, value, 1.0, offset, None)):
+        elif len(part) == 2 and beside:
             translate(value, 1.0, (part[0], part[1]), lambda: torch.empty(part, device=meta), meta)
     except (RuntimeError, ValueError, IndexError) as error:
         raise SVDQuantError(f"{made}{error}. {advice}") from None

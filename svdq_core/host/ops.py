@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters import Adapters
 from ..errors import SVDQuantError
 from ..linear import QuantizedLinear
-from .adapters import Patch, build
+from .adapters import Patch, build, signature
 from .layout import as_linear, as_tensor, is_quantized, shift_bias
 
 DISK_NAMES = ("weight_scale", "weight_scale_2", "weight_zero", "smooth_factor", "proj_down", "proj_up", "comfy_quant")
@@ -127,8 +127,7 @@ class Linear(comfy.ops.manual_cast.Linear):
 
         Adapters of the last ``keep`` lists are at hand: the same patches again cost nothing. True if some were made.
         """
-        values = tuple((strength, id(value), offset) for strength, value, _, offset, _ in patches)
-        made_of = (values, like.device, like.dtype)
+        made_of = (signature(patches), like.device, like.dtype)
         new = made_of not in self.kept
         if new:
             shape = (self.out_features, self.in_features)
@@ -180,9 +179,8 @@ class Linear(comfy.ops.manual_cast.Linear):
     def merged(self) -> dict[str, Tensor]:
         """The layer with its adapters in 16 bit; its bias only where it is not as on disk."""
         weight = comfy.lora.calculate_weight(self.patches, self.effective_weight(torch.device("cpu")), "")
-        shift = shift_bias(self.weight)
-        bias = {} if shift is None else {"bias": self.plain_bias(self.bias, self.bias)}
-        return {"weight": weight.to(self.weight.dtype), **bias}
+        bias = self.plain_bias(self.bias, self.bias)
+        return {"weight": weight.to(self.weight.dtype), **({} if self.shift is None else {"bias": bias})}
 
     # Merges and other patches that cannot stay beside: the 4-bit weight is never requantized. The layer holds a
     # 16-bit weight instead, and ComfyUI keeps the 4-bit one to put back.

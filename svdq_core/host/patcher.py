@@ -18,7 +18,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy.utils import set_attr_param
 from torch import Tensor
 
-from .adapters import REDUCED_RANK, Patch, fits_beside
+from .adapters import REDUCED_RANK, Patch, fits_beside, signature
 from .ops import DISK_NAMES, Linear
 
 HOOKED = 4  # sets of adapters kept while hooks take turns
@@ -35,16 +35,24 @@ class BesidePatcher(ModelPatcher):
     patches: dict[str, list[Patch]]
     patches_uuid: Any
 
+    def beside(self, key: str, extra: dict[str, list[Patch]]) -> list[Patch]:
+        """This patcher's patches of a 4-bit weight, then ``extra`` ones (from hooks), if all of them stay beside it."""
+        patches = [*self.patches.get(key, ()), *extra.get(key, ())]
+        return patches if key in self.model.quantized_linears and all(map(fits_beside, patches)) else []
+
     def stays_beside(self, key: str) -> bool:
-        """Whether all patches of a key stay beside a 4-bit weight."""
-        patches = self.patches.get(key, ())
-        return bool(patches) and key in self.model.quantized_linears and all(map(fits_beside, patches))
+        """Whether a key has patches, and all stay beside a 4-bit weight."""
+        return bool(self.beside(key, {}))
+
+    def ordinary(self) -> dict[str, list[Patch]]:
+        """The patches that change weights in ComfyUI's way."""
+        return {key: patches for key, patches in self.patches.items() if not self.stays_beside(key)}
 
     @contextmanager
     def ordinary_patches(self) -> Iterator[None]:
-        """Within, ``patches`` has those alone that change weights in ComfyUI's way."""
+        """Within, ``patches`` has the ordinary ones alone."""
         patches = self.patches
-        self.patches = {key: p for key, p in patches.items() if not self.stays_beside(key)}
+        self.patches = self.ordinary()
         try:
             yield
         finally:
@@ -69,7 +77,7 @@ class BesidePatcher(ModelPatcher):
     # Adapters
 
     def attach(self, extra: dict[str, list[Patch]], keep: int = 1) -> int:
-        """Give every quantized linear its adapters: this patcher's patches, then ``extra`` ones (from hooks).
+        """Give every quantized linear its adapters, those for ``extra`` patches (from hooks) included.
 
         The last ``keep`` sets of each stay at hand. Returns the bytes that the adapters in use take. If memory runs
         out, all are dropped.
@@ -85,8 +93,7 @@ class BesidePatcher(ModelPatcher):
         like = torch.empty(0, device=self.load_device, dtype=dtype)
         reduced, size = [], 0
         for key, linear in self.model.quantized_linears.items():
-            patches = [*self.patches.get(key, ()), *extra.get(key, ())]
-            made = linear.set_patches(key, patches if all(map(fits_beside, patches)) else [], like, keep)
+            made = linear.set_patches(key, self.beside(key, extra), like, keep)
             if linear.adapters is not None:
                 size += linear.adapters.nbytes
                 if made and linear.adapters.energy < WORTH_TELLING:
@@ -127,8 +134,7 @@ class BesidePatcher(ModelPatcher):
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: dict[str, list[Patch]], key: str, *args: Any, **kwargs: Any
     ) -> None:
-        patches = [*self.patches.get(key, ()), *combined_patches.get(key, ())]
-        if key not in self.model.quantized_linears or not all(map(fits_beside, patches)):
+        if not self.beside(key, combined_patches):
             super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
 
     # Loading
@@ -160,7 +166,7 @@ class BesidePatcher(ModelPatcher):
             return
         if self.loading_state() != model.loaded_with or self.get_all_callbacks(CallbacksMP.ON_LOAD):
             return
-        wanted = [key for key in self.patches if not self.stays_beside(key)]
+        wanted = self.ordinary()
         if any(key in model.quantized_linears for key in (*self.backup, *wanted)):
             return  # merges change how much memory the weights take
         model.current_weight_patches_uuid = uuid.uuid4()  # nobody's, until all are done
@@ -200,7 +206,7 @@ class BesideDynamicPatcher(BesidePatcher, ModelPatcherDynamic):
     def load(self, *args: Any, dirty: bool = False, **kwargs: Any) -> Any:
         """Other patches make ComfyUI copy all weights in again; only those that are patched need it."""
         if dirty:
-            patched = {key for key in self.patches if not self.stays_beside(key)}
+            patched = self.ordinary().keys()
             for name, module in self.model.named_modules():
                 before = [getattr(module, f"{p}_lowvram_function", None) for p in ("weight", "bias")]
                 if any(before) or {f"{name}.weight", f"{name}.bias"} & patched:
@@ -221,6 +227,6 @@ def adopt(patcher: ModelPatcher) -> BesidePatcher:
     return patcher
 
 
-def signatures(patches: dict[str, list[Patch]]) -> dict[str, list[Any]]:
-    """What makes patches the same, without comparing tensors."""
-    return {key: [(p[0], id(p[1]), p[2], p[3]) for p in values] for key, values in patches.items()}
+def signatures(patches: dict[str, list[Patch]]) -> dict[str, tuple[Any, ...]]:
+    """:func:`signature` by key."""
+    return {key: signature(values) for key, values in patches.items()}
