@@ -12,6 +12,7 @@ demo: setup
 
 # pytest's stderr goes to stdout, so that `make test 2>/dev/null` ends with pytest's summary.
 test: setup
+	@$(PYTHON) tests/host/install.py --browser
 	$(BIN)/pytest $(PYTEST_ARGS) 2>&1
 
 # mypy needs a folder named like the package, whatever the clone is called.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from host.browser import Browser
 from host.install import ROOT, host_path
 from host.prompts import quantize_prompt
 from host.server import ComfyServer
@@ -154,3 +155,10 @@ def dynamic_vram(monkeypatch):
     monkeypatch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda place, device: place)
     monkeypatch.setattr(comfy.pinned_memory, "get_pin", lambda module, subset="weights": None)
     monkeypatch.setattr(comfy.pinned_memory, "pin_memory", lambda module, subset="weights", size=None: None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A real Chromium. Without one the test fails: skipping would look like success."""
+    with Browser() as browser:
+        yield browser

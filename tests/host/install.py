@@ -1,10 +1,10 @@
 """Sets up what the tests and the demo need: `.venv`, and a real ComfyUI in `.host/ComfyUI`.
 
-    python3 tests/host/install.py
+    python3 tests/host/install.py [--browser]
 
-Needs the standard library only. Run it as often as you like: when nothing changed it returns at once,
-and after an interruption it goes on where it stopped. `COMFYUI_PATH=/path/to/ComfyUI` uses that tree
-instead of fetching one; nothing is written to it.
+Needs the standard library only; `--browser` adds a Chromium for the tests of what users see. Run it as often
+as you like: when nothing changed it returns at once, and after an interruption it goes on where it stopped.
+`COMFYUI_PATH=/path/to/ComfyUI` uses that tree instead of fetching one; nothing is written to it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,53 @@ def installed() -> bool:
         return False
 
 
+def browser_path() -> Path:
+    """The Chromium in use: `$CHROMIUM`, one on the PATH, or the one that Playwright fetched."""
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    return Path(found) if found else playwright_browser()
+
+
+def playwright_browser() -> Path:
+    """Where Playwright keeps its own Chromium; FileNotFoundError if it has none."""
+    code = "from playwright.sync_api import sync_playwright as s\nwith s() as p: print(p.chromium.executable_path)"
+    answer = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip()
+    if not answer or not Path(answer).is_file():
+        raise FileNotFoundError("No Chromium. Install one, or set CHROMIUM=/path/to/it.")
+    return Path(answer)
+
+
+def install_browser() -> None:
+    """Debian's package where this user may install it, else the build that Playwright downloads."""
+    try:
+        browser_path()
+        return
+    except FileNotFoundError:
+        pass
+    if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        step("looking up Debian's packages", "apt-get", "update", "-qq")
+        step(
+            "installing Chromium",
+            "env",
+            "DEBIAN_FRONTEND=noninteractive",
+            "apt-get",
+            "install",
+            "-qq",
+            "-y",
+            "chromium",
+        )
+    else:
+        step("fetching Chromium", PYTHON, "-m", "playwright", "install", "chromium")
+    browser_path()
+
+
 def main() -> None:
+    install()
+    if "--browser" in sys.argv[1:]:
+        install_browser()
+
+
+def install() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036 - this script runs before anything checks it
         raise SystemExit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}.")
     if installed():
