@@ -3,11 +3,13 @@
 import re
 from pathlib import Path, PurePosixPath
 
+import comfy.model_management
 import comfy.utils
 import folder_paths
 import numpy as np
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..svdq_core.calibration import DEFAULT_RAM_LIMIT
@@ -20,6 +22,7 @@ from ..svdq_core.quantize import Event, Job, Report
 from ..svdq_core.report import error_chart
 from ..svdq_core.solve import PRESETS
 from .prompts import DEFAULT_PROMPTS, encode
+from .runs import RUNS
 
 CALIBRATION_SHARE = 0.5  # of the progress bar
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows keeps to itself
@@ -109,14 +112,21 @@ class SVDQuantQuantize(io.ComfyNode):
                     step=0.25,
                     tooltip="Memory for calibration samples (GiB). Lower it on a PC with little RAM.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="The same seed gives the same file."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,  # another seed would be another job: nothing could be resumed
+                    tooltip="The same seed gives the same file.",
+                ),
             ],
             outputs=[
                 io.Combo.Output("unet_name", display_name="file name", tooltip="Feeds SVDQuant Loader."),
                 io.String.Output("summary", display_name="summary", tooltip="Size, ratio, errors and time in words."),
                 io.Image.Output("chart", display_name="error chart", tooltip="The error of every layer in decibels."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -140,7 +150,6 @@ class SVDQuantQuantize(io.ComfyNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         inputs = {name: value if name == "conditioning" else value[0] for name, value in inputs.items()}
         output, name = output_path(inputs["file_name"])
-        source = ModelSource(inputs["model"])
         settings = CalibrationSettings(
             steps=inputs["steps"],
             size=inputs["size"],
@@ -151,17 +160,22 @@ class SVDQuantQuantize(io.ComfyNode):
         job = Job(
             inputs["format"], inputs["preset"], PRESETS["naive"].rank if naive else inputs["rank"], seed=inputs["seed"]
         )
-        prompts = calibration_prompts(source, inputs.get("conditioning"), inputs.get("clip"), settings.seed)
-        streamer = Streamer(cls.hidden.unique_id, name)
+        streamer = Streamer(cls.hidden.unique_id, name, workflow_id(cls.hidden.extra_pnginfo), job)
         try:
+            source = ModelSource(inputs["model"])
+            prompts = calibration_prompts(source, inputs.get("conditioning"), inputs.get("clip"), settings.seed)
             report = quantize_model(source, prompts[: inputs["max_prompts"]], output, job, settings, streamer)
         except BaseException as error:
-            streamer.send("stopped", {"reason": str(error) or type(error).__name__})
+            streamer.stopped(error)
             raise
         streamer.finish(report)
         chart = chart_tensor(report, f"{name}: error per layer")
-        preview = ui.PreviewImage(chart, cls=cls).as_dict() | {"text": (report.summary(),)}
-        return io.NodeOutput(name, report.summary(), chart, ui=preview)
+        return io.NodeOutput(name, report.summary(), chart, ui={"text": (report.summary(),)})
+
+
+def workflow_id(pnginfo: dict | None) -> str | None:
+    """The id of the workflow on the canvas that was queued; a prompt from a script has none."""
+    return ((pnginfo or {}).get("workflow") or {}).get("id")
 
 
 def calibration_prompts(source: ModelSource, conditioning: list | None, clip, seed: int) -> list:
@@ -197,53 +211,41 @@ def output_path(file_name: str) -> tuple[Path, str]:
 
 
 class Streamer:
-    """Sends every event to ComfyUI's progress bar, to the node's text and as a ``svdquant.*`` websocket event."""
+    """Sends every event to ComfyUI's progress bar and, as ``svdquant.*`` websocket events, to the node's panel."""
 
-    def __init__(self, node_id: str, name: str) -> None:
-        self.node_id, self.name = node_id, name
+    def __init__(self, node_id: str, name: str, workflow: str | None, job: Job) -> None:
+        context = get_executing_context()
+        self.run = {"node": node_id, "workflow": workflow, "prompt_id": context and context.prompt_id, "file": name}
         self.bar = comfy.utils.ProgressBar(1000, node_id=node_id)
         self.bytes_16bit = self.bytes = 0
-        self.send("start", {})
+        self.send("start", {"format": job.fmt, "preset": job.preset, "rank": job.rank})
 
     def __call__(self, event: Event) -> None:
         stage = event["stage"]
         if stage == "calibrate":
             self.progress(CALIBRATION_SHARE * event["index"] / event["total"])
-            self.text(
-                f"Calibrating: prompt {event['prompt']} of {event['prompts']}, "
-                f"step {event['step']} of {event['steps']}, {time_left(event['eta'])}"
-            )
         elif stage == "solve":
             self.bytes_16bit += event["bytes_16bit"]
             self.bytes += event["bytes"]
             event = event | {"total_bytes": self.bytes, "total_bytes_16bit": self.bytes_16bit}
             self.progress(CALIBRATION_SHARE + (1 - CALIBRATION_SHARE) * event["index"] / event["total"])
-            self.text(
-                f"Solving: layer {event['index']} of {event['total']}, {time_left(event['eta'])}\n"
-                f"{event['name']}: {event['error_db']:.1f} dB"
-            )
-        else:
-            words = {"hash": "Reading the source file", "write": "Writing the 4-bit file"}
-            self.text(words.get(stage) or f"{event['name']} stays 16 bit: {event['reason']}")
         self.send(stage, event)
 
     def finish(self, report: Report) -> None:
-        """The run is over."""
+        """The run is over. A job that was finished before has sent no layer: its file's report has them."""
         self.progress(1.0)
-        self.text(report.summary())
-        self.send("done", {"summary": report.summary(), "bytes": report.bytes, "bytes_16bit": report.bytes_16bit})
+        data = {"summary": report.summary(), "bytes": report.bytes, "bytes_16bit": report.bytes_16bit}
+        data |= {"mean_error_db": report.mean_error_db, "kept": report.resumed}
+        self.send("done", data if self.bytes else data | {"layers": report.layers})
+
+    def stopped(self, error: BaseException) -> None:
+        """The user interrupted the run, or it failed."""
+        interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
+        self.send("stopped", {"reason": str(error) or type(error).__name__, "interrupted": interrupted})
 
     def progress(self, share: float) -> None:
         self.bar.update_absolute(int(1000 * share))
 
-    def text(self, text: str) -> None:
-        PromptServer.instance.send_progress_text(text, self.node_id)
-
     def send(self, stage: str, data: Event) -> None:
-        payload = {"node": self.node_id, "file": self.name, **data, "stage": stage}
-        PromptServer.instance.send_sync(f"svdquant.{stage}", payload)
-
-
-def time_left(seconds: float) -> str:
-    """'about 40 s left', 'about 3 min left'."""
-    return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
+        event = RUNS.add({**self.run, **data, "stage": stage})
+        PromptServer.instance.send_sync(f"svdquant.{stage}", event)

@@ -184,7 +184,8 @@ def quantize(
             n, k = weights[name]
             record = layer_record(name, layer, group.kind, n, k)
             report.layers.append(record)
-            on_event({"stage": "solve", "index": len(layers), "total": count(groups), "eta": eta, **record})
+            progress = {"index": len(layers), "total": count(groups), "eta": eta, "kept": bool(resumed)}
+            on_event({"stage": "solve", **progress, **record})
     on_event({"stage": "write", "path": str(output)})
     info = {
         "recipe": recipe.name,

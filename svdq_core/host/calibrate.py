@@ -1,5 +1,8 @@
 """Calibration: ComfyUI's own sampler runs the user's model on the user's prompts while we watch its linears."""
 
+import base64
+import io
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -7,12 +10,17 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sample
+import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..calibration import DEFAULT_RAM_LIMIT, ActivationCollector, Samples, tokens_within
 from ..quantize import Event
 from .model import ModelSource
+
+PREVIEW_PIXELS = 96
+PREVIEW_SECONDS = 0.4  # between two pictures of one prompt; its last step always has one
 
 Conditioning = list[list[Any]]  # ComfyUI's: [[context (1, L, C), {"pooled_output": ..., ...}], ...]
 
@@ -50,6 +58,7 @@ def calibrate(
     )
     latent = comfy.sample.fix_empty_latent_channels(model, empty)
     total = len(prompts) * settings.steps
+    previewer = Previewer(model)
     started = time.monotonic()
     with ActivationCollector(source.modules(names), tokens, total, settings.seed) as collector:
         for i, prompt in enumerate(prompts):
@@ -57,10 +66,11 @@ def calibrate(
             def step_done(step: int, denoised: Tensor, x: Tensor, steps: int, i: int = i) -> None:
                 done = i * settings.steps + step + 1
                 eta = (time.monotonic() - started) * (total - done) / done
-                on_event(
-                    {"stage": "calibrate", "prompt": i + 1, "prompts": len(prompts), "step": step + 1, "steps": steps}
-                    | {"index": done, "total": total, "eta": eta}
-                )
+                event = {"stage": "calibrate", "prompt": i + 1, "prompts": len(prompts), "step": step + 1}
+                event |= {"steps": steps, "index": done, "total": total, "eta": eta}
+                if picture := previewer.picture(denoised, due=step + 1 == steps):
+                    event["preview"] = picture
+                on_event(event)
 
             noise = comfy.sample.prepare_noise(latent, settings.seed + i)
             comfy.sample.sample(
@@ -78,6 +88,38 @@ def calibrate(
                 seed=settings.seed + i,
             )
     return collector.samples()
+
+
+class Previewer:
+    """Small pictures of what is being sampled. Whatever goes wrong here, the calibration goes on without them."""
+
+    def __init__(self, model: ModelPatcher) -> None:
+        self.model, self.decoder, self.failed, self.last = model, None, False, 0.0
+
+    def picture(self, denoised: Tensor, due: bool) -> str | None:
+        """``denoised (1, C, H, W)`` as the data URL of a JPEG, when one is ``due`` or the last is a while ago."""
+        if self.failed or not (due or time.monotonic() - self.last > PREVIEW_SECONDS):
+            return None
+        try:
+            self.decoder = self.decoder or latent_decoder(self.model)
+            image = self.decoder.decode_latent_to_preview(denoised)
+            image.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
+            jpeg = io.BytesIO()
+            image.save(jpeg, "JPEG", quality=80, subsampling=0)
+        except Exception:
+            logging.warning("SVDQuant: calibration goes on without previews", exc_info=True)
+            self.failed = True
+            return None
+        self.last = time.monotonic()
+        return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+
+
+def latent_decoder(model: ModelPatcher) -> latent_preview.LatentPreviewer:
+    """ComfyUI's previewer for this model; its cheapest where previews are switched off."""
+    latent = model.model.latent_format
+    return latent_preview.get_previewer(model.load_device, latent) or latent_preview.Latent2RGBPreviewer(
+        latent.latent_rgb_factors, latent.latent_rgb_factors_bias, latent.latent_rgb_factors_reshape
+    )
 
 
 def blank_conditioning(source: ModelSource, seed: int) -> Conditioning:
