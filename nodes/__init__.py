@@ -1,13 +1,18 @@
 """The nodes. ComfyUI must be running: the package's own `__init__` imports this from the entry point."""
 
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
+from . import file_info  # noqa: F401  (its routes)
+from .compare import SVDQuantCompare
 from .loader import SVDQuantLoader
 from .lora import SVDQuantLoRA, SVDQuantLoRAStack
 from .prompts import SVDQuantPrompts
 from .quantize import SVDQuantQuantize
+from .runs import get_runs
 
 NODES: list[type[io.ComfyNode]] = [
+    SVDQuantCompare,
     SVDQuantLoader,
     SVDQuantLoRA,
     SVDQuantLoRAStack,
@@ -17,5 +22,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class SVDQuantExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        PromptServer.instance.routes.get("/svdquant/runs")(get_runs)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 from aiohttp import web
-from server import PromptServer
 
 from ..svdq_core.quantize import Event
 
@@ -52,9 +51,8 @@ class Runs:
 RUNS = Runs()
 
 
-@PromptServer.instance.routes.get("/svdquant/runs")
 async def get_runs(request: web.Request) -> web.Response:
-    """The events of the last runs."""
+    """The events of the last runs, as JSON."""
     response = web.json_response(RUNS.snapshot(), headers={"Cache-Control": "no-store"})
     response.enable_compression()
     return response
