@@ -3,8 +3,8 @@
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from . import file_info  # noqa: F401  (its routes)
 from .compare import SVDQuantCompare
+from .file_info import get_file, get_lora
 from .loader import SVDQuantLoader
 from .lora import SVDQuantLoRA, SVDQuantLoRAStack
 from .prompts import SVDQuantPrompts
@@ -23,7 +23,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 class SVDQuantExtension(ComfyExtension):
     async def on_load(self) -> None:
-        PromptServer.instance.routes.get("/svdquant/runs")(get_runs)
+        for name, answer in (("runs", get_runs), ("file", get_file), ("lora", get_lora)):
+            PromptServer.instance.routes.get(f"/svdquant/{name}")(answer)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -5,6 +5,7 @@ from pathlib import Path
 import folder_paths
 import torch
 from comfy_api.latest import io
+from server import PromptServer
 
 from ..svdq_core import SVDQuantError, describe_file
 from ..svdq_core.host.load import load_svdquant
@@ -60,6 +61,7 @@ class SVDQuantLoader(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="A normal MODEL: every other node takes it.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -73,6 +75,8 @@ class SVDQuantLoader(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name: str, dtype: str) -> io.NodeOutput:
         path = find_model(unet_name)
+        server = PromptServer.instance  # where the name comes through a link, the panel learns it here
+        server.send_sync("svdquant.file", {"node": cls.hidden.unique_id, "name": unet_name}, server.client_id)
         info = describe_file(path)
         if info.kind != "svdquant":
             hint = "" if info.loader_hint == "none" else f" Load it with {info.loader_hint}."

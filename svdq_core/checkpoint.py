@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from .dialects import to_comfy_names
 from .errors import SVDQuantError
 from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
-from .recipes import RECIPES, family_of, match_recipe, plan
+from .recipes import FLUX, RECIPES, family_of, flux_facts, match_recipe, plan
 
 TOOL = "comfyui-svdquant 0.2.0"
 METADATA_KEY = "svdquant"
@@ -37,6 +38,8 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+READ_WITH_HEADER = (".comfy_quant", ".reshape_weight")  # small tensors that say what others are
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -60,6 +63,24 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     if recipe is not None and any(k.endswith(".comfy_quant") for k in state_dict):
         plan(recipe, layer_shapes(state_dict), str(path))  # raises for an incomplete file
     return state_dict, metadata
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``(tensors, metadata)`` of a file without its data: tensors are on the meta device, in the file's own names.
+
+    Read are single numbers (a LoRA's alphas) and the small tensors of :data:`READ_WITH_HEADER`.
+    """
+    tensors: dict[str, Tensor] = {}
+    with open_safetensors(Path(path)) as file:
+        for key in file.keys():  # noqa: SIM118
+            part = file.get_slice(key)
+            shape = part.get_shape()
+            if math.prod(shape) == 1 or key.endswith(READ_WITH_HEADER):
+                tensors[key] = file.get_tensor(key)
+            else:
+                dtype = TORCH_DTYPES.get(part.get_dtype(), torch.uint8)
+                tensors[key] = torch.empty(shape, dtype=dtype, device="meta")
+        return tensors, dict(file.metadata() or {})
 
 
 def layer_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -118,26 +139,43 @@ class FileInfo:
 def describe_file(path: str | os.PathLike[str]) -> FileInfo:
     """Say what a model file is from its header alone; :class:`SVDQuantError` if it cannot be read at all."""
     path = Path(path)
-    with open_safetensors(path) as file:
-        keys = list(file.keys())
-        shapes = {k: tuple(file.get_slice(k).get_shape()) for k in keys}
-        dtypes = {k: file.get_slice(k).get_dtype() for k in keys}
-        metadata = dict(file.metadata() or {})
-        markers = {k: file.get_tensor(k) for k in keys if k.endswith(".comfy_quant")}
-    details: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(keys)}
+    tensors, metadata = read_header(path)
+    shapes = {k: tuple(t.shape) for k, t in tensors.items()}
+    layers = [k.removesuffix("comfy_quant") for k in tensors if k.endswith(".comfy_quant")]
+    details: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(tensors)}
     try:
-        formats = sorted({str(layer_config(markers, k.removesuffix("comfy_quant")).get("format")) for k in markers})
+        formats = sorted({str(layer_config(tensors, layer).get("format")) for layer in layers})
+        if any(by_disk_name(f) for f in formats):
+            info, recipe = quantization_info(metadata), family_title(tensors)
+            details |= {"formats": formats, "layers": len(layers), "svdquant": info, "model": recipe}
+            details |= model_facts(to_comfy_names(tensors, str(path)))
+            text = f"an SVDQuant file of {recipe} ({', '.join(formats)})"
+            return FileInfo("svdquant", text, "SVDQuant Loader", details)
     except SVDQuantError as error:
         raise SVDQuantError(f"{path}: {error}") from None
-    if any(by_disk_name(f) for f in formats):
-        info = quantization_info(metadata)
-        recipe = family_title(keys)
-        details |= {"formats": formats, "layers": len(markers), "svdquant": info, "model": recipe}
-        return FileInfo("svdquant", f"an SVDQuant file of {recipe} ({', '.join(formats)})", "SVDQuant Loader", details)
-    if any(k.endswith(".qweight") and k.replace(".qweight", ".wscales") in shapes for k in keys):
+    if any(k.endswith(".qweight") and k.replace(".qweight", ".wscales") in shapes for k in tensors):
         return FileInfo("nunchaku", "a Nunchaku file, packed for its own kernels", "Nunchaku's loader", details)
-    kind, text, hint = classify(keys, shapes, set(dtypes.values()), bool(markers))
+    dtypes = {DTYPES[t.dtype] for t in tensors.values()}
+    kind, text, hint = classify(list(tensors), shapes, dtypes, bool(layers))
     return FileInfo(kind, text, hint, details)
+
+
+def model_facts(sd: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the shapes of a quantized model tell, in ComfyUI's names: its size, its branches' ranks, which release."""
+    ranks = {int(t.shape[-1]) for key, t in sd.items() if key.endswith(".proj_down")}
+    facts = {"parameters": parameters(sd), "ranks": sorted(ranks)}
+    return facts | (flux_facts({k: tuple(t.shape) for k, t in sd.items()}) if match_recipe(sd) is FLUX else {})
+
+
+def parameters(sd: Mapping[str, Tensor]) -> int:
+    """How many weights a quantized model has in 16 bit: codes count as what they stand for, scales and branches not."""
+    layers = tuple(key.removesuffix("comfy_quant") for key in sd if key.endswith(".comfy_quant"))
+    count = sum(t.numel() for key, t in sd.items() if key.endswith(".bias") or not key.startswith(layers))
+    for layer in layers:
+        fmt, codes = by_disk_name(str(layer_config(sd, layer).get("format"))), sd.get(f"{layer}weight")
+        if codes is not None:
+            count += codes.numel() if fmt is None else math.prod(fmt.logical_shape(codes))
+    return count
 
 
 def family_title(keys: Iterable[str]) -> str:

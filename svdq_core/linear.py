@@ -4,6 +4,7 @@ Shapes: ``M`` tokens, ``K`` in_features, ``N`` out_features, ``R`` rank, ``G`` g
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,7 +151,7 @@ def dotted(prefix: str) -> str:
     return prefix if not prefix or prefix.endswith(".") else prefix + "."
 
 
-def layer_config(sd: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+def layer_config(sd: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """The JSON of ``<prefix>comfy_quant``."""
     marker = sd.get(prefix + "comfy_quant")
     if marker is None:

@@ -25,6 +25,7 @@ KINDS: dict[str, re.Pattern[str]] = {
     "norm": re.compile(r"(.*)\.(?:w_norm|b_norm)"),
     "set": re.compile(r"(.*)\.set_weight"),
 }
+RANKED = re.compile(r".*(?:lora(?:[12]|_linear_layer)?[._](?:down|A)(?:\.weight)?|\.(?:lokr_w[12]_b|hada_w[12]_b))")
 OTHER_HALF = {"down": "up", "up": "down", "A": "B", "B": "A"}
 NEEDED = {  # what a layer must have besides; "|" separates alternatives, "+" joins what goes together
     "lokr": ("lokr_w1|lokr_w1_a+lokr_w1_b", "lokr_w2|lokr_w2_a+lokr_w2_b"),
@@ -46,8 +47,16 @@ def describe_adapters(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {kind: len(names) for kind, names in layers.items()}
 
 
+def adapter_ranks(tensors: Mapping[str, Tensor]) -> list[int]:
+    """The ranks that occur in LoRAs, LoKrs and LoHas, smallest first."""
+    return sorted({int(t.shape[0]) for k, t in tensors.items() if RANKED.fullmatch(k) and t.dim() >= 2})
+
+
 def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise unless adapters are floats, all numbers finite, no tensor empty, and every alpha is one number."""
+    """Raise unless adapters are floats, all numbers finite, no tensor empty, and every alpha is one number.
+
+    Of tensors on the meta device only the kind is checked: their numbers are not there.
+    """
     for key, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         if key.endswith(".alpha"):
@@ -69,7 +78,7 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
                 f"{where}: {key}: expected numbers, found none (shape {tuple(tensor.shape)}, so rank 0). "
                 "Export the LoRA again."
             )
-        if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
+        if tensor.dtype in FLOATS and not tensor.is_meta and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise SVDQuantError(
                 f"{where}: {key}: {bad} of {tensor.numel()} values are NaN or infinite. The training diverged or the "

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpoint import describe_file, open_safetensors, why_unreadable
+from .checkpoint import describe_file, read_header, why_unreadable
 from .errors import SVDQuantError
 from .lora_checks import check_parts, check_values, describe_adapters
 from .nunchaku_lora import NUNCHAKU, from_nunchaku
@@ -71,27 +71,29 @@ FOREIGN: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 
-def read_lora(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_lora(path: str | os.PathLike[str], data: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``(tensors, metadata)`` of a LoRA file, in key names that ComfyUI maps for FLUX.1.
 
     Normalised: XLabs, PEFT (``base_model.model.``, adapter names, ``lora_magnitude_vector``), bare BFL names,
     Nunchaku's packed files. Other names, text encoders and files of other models are kept. Two things are left to
     ComfyUI's ``comfy.lora_convert.convert_lora``: BFL's control LoRAs, and Wan's.
     Floats of 8 bits come as bf16. :class:`SVDQuantError` says what is wrong with which key of the file.
+    Without ``data`` only the header is read, as by :func:`~svdq_core.checkpoint.read_header`, and NaNs stay unseen;
+    a packed file of Nunchaku's must be read all the same, since its ranks are in its numbers.
     """
     path = Path(path)
     check_header(path)
-    with open_safetensors(path) as file:
-        metadata = dict(file.metadata() or {})
-        if longest := max((key for key in file.keys()), key=len, default="")[MAX_NAME:]:  # noqa: SIM118
-            raise SVDQuantError(
-                f"{path}: a key of {MAX_NAME + len(longest)} characters; at most {MAX_NAME} are read. The file is "
-                "damaged; download it again."
-            )
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise SVDQuantError(f"{path}: {why_unreadable(path, str(error))}") from None
+    tensors, metadata = read_header(path)
+    if longest := max(tensors, key=len, default="")[MAX_NAME:]:
+        raise SVDQuantError(
+            f"{path}: a key of {MAX_NAME + len(longest)} characters; at most {MAX_NAME} are read. The file is "
+            "damaged; download it again."
+        )
+    if data or any(NUNCHAKU.fullmatch(key) for key in tensors):
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise SVDQuantError(f"{path}: {why_unreadable(path, str(error))}") from None
     if not describe_adapters(tensors):
         raise SVDQuantError(f"{path}: {why_no_lora(path, tensors)}")
     tensors = {key: t.bfloat16() if t.dtype in FLOAT8 else t for key, t in tensors.items()}

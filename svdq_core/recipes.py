@@ -6,6 +6,7 @@ Layer names are ComfyUI's (for FLUX those of black-forest-labs/flux). ``{i}`` st
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import SVDQuantError
 
@@ -79,6 +80,14 @@ FLUX = Recipe(
 
 RECIPES: tuple[Recipe, ...] = (FLUX,)
 
+FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
+FLUX_RELEASES = {  # by what shapes tell: whether guidance is an input, and the channels that img_in reads
+    (True, 64): "dev, Krea or Kontext",
+    (False, 64): "schnell",
+    (True, 384): "Fill",
+    (True, 128): "Depth or Canny",
+}
+
 # What else people drop here, by a key only that family has; the first hit names it.
 KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
     ("double_stream_modulation_img.lin.weight", "FLUX.2"),
@@ -94,6 +103,17 @@ KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
     ("adaln_single.", "PixArt or LTX-Video"),
     ("joint_transformer_blocks.0.", "AuraFlow"),
 )
+
+
+def flux_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Which release of FLUX.1 a state dict with these shapes is (or is finetuned from), and its blocks and width."""
+    width, channels = shapes["img_in.weight"]
+    blocks = tuple(
+        len({key.split(".")[1] for key in shapes if key.startswith(f"{kind}_blocks.")}) for kind in ("double", "single")
+    )
+    guidance = "guidance_in.in_layer.weight" in shapes
+    release = FLUX_RELEASES.get((guidance, channels)) if (blocks, width) == (FLUX_BLOCKS, FLUX_WIDTH) else None
+    return {"release": release, "blocks": blocks, "width": width, "channels": channels, "guidance": guidance}
 
 
 def family_of(keys: Iterable[str]) -> str | None:

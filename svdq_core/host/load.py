@@ -1,7 +1,6 @@
 """An SVDQuant file as a ComfyUI model."""
 
 import os
-from math import prod
 from typing import Any
 
 import comfy.model_detection
@@ -12,9 +11,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_checkpoint
+from ..checkpoint import parameters, read_checkpoint
 from ..errors import SVDQuantError
-from ..linear import QuantizedLinear
 from .ops import SVDQuantOps
 from .patcher import adopt
 
@@ -58,14 +56,6 @@ def load_svdquant(path: str | os.PathLike[str], dtype: torch.dtype | None = None
     patcher.model.manual_cast_dtype = compute_dtype or weight_dtype
     patcher.cached_patcher_init = (load_svdquant, (path, dtype))
     return adopt(patcher)
-
-
-def parameters(state_dict: dict[str, Tensor]) -> int:
-    """How many weights the model has in 16 bit: codes count as what they stand for, scales and branches not."""
-    layers = tuple(key.removesuffix("comfy_quant") for key in state_dict if key.endswith(".comfy_quant"))
-    plain = [t for key, t in state_dict.items() if key.endswith(".bias") or not key.startswith(layers)]
-    codes = [QuantizedLinear.from_state_dict(state_dict, layer).shape for layer in layers]
-    return sum(t.numel() for t in plain) + sum(prod(shape) for shape in codes)
 
 
 def sixteen_bit_dtype(state_dict: dict[str, Tensor]) -> torch.dtype | None:

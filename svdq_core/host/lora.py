@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_management import get_torch_device, throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -102,33 +104,45 @@ def load_lora(model: ModelPatcher, path: Path, rank: int) -> LoraPatches:
 
     :class:`SVDQuantError` for a file that cannot be read, is for another architecture or for other layer sizes.
     """
-    tensors = read_cached(path)
-    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    lora = match_keys(read_cached(path), model.model, path.name)
+    progress = None
+    for index, target in enumerate(lora.patches):
+        throw_exception_if_processing_interrupted()
+        key, weight, beside = check_patch(lora, target, model.model)
+        if is_quantized(weight) and not beside:
+            lora.in_16_bit.append(key)
+        elif is_quantized(weight):
+            lora.patches[target], energy = reduced(lora.patches[target], rank, get_torch_device())
+            if energy is not None:
+                progress = progress or comfy.utils.ProgressBar(len(lora.patches))
+                progress.update_absolute(index + 1)
+                lora.energies.append(energy)
+    return lora
+
+
+def match_keys(tensors: dict[str, Tensor], model: BaseModel, name: str) -> LoraPatches:
+    """What the file ``name`` with these tensors patches in ``model``, by the names of the keys alone.
+
+    :class:`SVDQuantError` if that is nothing.
+    """
+    key_map = comfy.lora.model_lora_keys_unet(model, {})
     converted = comfy.lora_convert.convert_lora(dict(tensors))
     with keys_not_loaded() as unused:
         patches = comfy.lora.load_lora(converted, key_map)
     if not patches:
-        raise SVDQuantError(f"{path.name}: {why_nothing_applies([*tensors], model)}")
-    twice = given_twice(converted, key_map)
+        raise SVDQuantError(f"{name}: {why_nothing_applies([*tensors], model)}")
     left_out = set(unused)
     kinds = describe_adapters({key: tensor for key, tensor in converted.items() if key not in left_out})
-    lora = LoraPatches(path.name, patches, kinds, len(tensors), unused, twice)
-    progress = None
-    for index, target in enumerate(patches):
-        throw_exception_if_processing_interrupted()
-        key, offset = (target, None) if isinstance(target, str) else target[:2]
-        weight = comfy.utils.get_attr(model.model, key)
-        beside = fits_beside((1.0, patches[target], 1.0, offset, None))
-        check_shape(path.name, key, patches[target], weight, offset, beside)
-        if is_quantized(weight) and not beside:
-            lora.in_16_bit.append(key)
-        elif is_quantized(weight):
-            patches[target], energy = reduced(patches[target], rank, get_torch_device())
-            if energy is not None:
-                progress = progress or comfy.utils.ProgressBar(len(patches))
-                progress.update_absolute(index + 1)
-                lora.energies.append(energy)
-    return lora
+    return LoraPatches(name, patches, kinds, len(tensors), unused, given_twice(converted, key_map))
+
+
+def check_patch(lora: LoraPatches, target: Any, model: BaseModel) -> tuple[str, Tensor, bool]:
+    """The key of a patched weight, that weight, and whether the patch can stay beside it; see :func:`check_shape`."""
+    key, offset = (target, None) if isinstance(target, str) else target[:2]
+    weight, value = comfy.utils.get_attr(model, key), lora.patches[target]
+    beside = fits_beside((1.0, value, 1.0, offset, None))
+    check_shape(lora.name, key, value, weight, offset, beside)
+    return key, weight, beside
 
 
 def read_cached(path: Path) -> dict[str, Tensor]:
@@ -147,9 +161,10 @@ def read_version(path: Path, modified: int, size: int) -> dict[str, Tensor]:
 def keys_not_loaded() -> Iterator[list[str]]:
     """Collect the keys that ComfyUI logs as not loaded, a line each, instead of logging them."""
     keys: list[str] = []
+    thread = threading.get_ident()  # another one may be at the same
 
     def collect(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
+        message = record.getMessage() if record.thread == thread else ""
         if message.startswith(NOT_LOADED):
             keys.append(message.removeprefix(NOT_LOADED))
         return not message.startswith(NOT_LOADED)
@@ -172,9 +187,9 @@ def given_twice(tensors: dict[str, Tensor], key_map: dict[str, Any]) -> list[str
     return [key for keys in found.values() if len(keys) > 1 for key in keys]
 
 
-def why_nothing_applies(keys: list[str], model: ModelPatcher) -> str:
+def why_nothing_applies(keys: list[str], model: BaseModel) -> str:
     """In plain words."""
-    name = type(model.model).__name__
+    name = type(model).__name__
     if all(TEXT_ENCODER.match(key) for key in keys):
         return "this LoRA is for the text encoder alone. Apply it with Load LoRA and its CLIP."
     if family := foreign_architecture(keys):
