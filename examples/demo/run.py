@@ -123,7 +123,9 @@ def pictures(server: ComfyServer, file: str, quantized: bool, loras: Loras = ())
 
 def to_16_bit(prompt: dict[str, dict], file: str, loras: Loras) -> None:
     """ComfyUI's own nodes in the place of ours: Load Diffusion Model, and a Load LoRA for each LoRA."""
-    for node in list(prompt.values()):
+    for id, node in list(prompt.items()):
+        if node["class_type"] == "PreviewAny":  # of our report
+            del prompt[id]
         if node["class_type"] == "SVDQuantLoader":
             node.update(class_type="UNETLoader", inputs={"unet_name": file, "weight_dtype": "default"})
         if node["class_type"] == "SVDQuantLoRAStack":

@@ -19,7 +19,7 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
         if node["type"] in NOTES:
             continue
         info = object_info[node["type"]]
-        inputs = dict(zip(widget_names(info), saved_values(info, node["widgets_values"])))
+        inputs = dict(zip(widget_names(info), saved_values(info, node.get("widgets_values", []))))
         linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
     return prompt
