@@ -3,12 +3,12 @@
 import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
-from server import PromptServer
 
 from ..svdq_core.compare import compare, sheet, to_tensor
 from ..svdq_core.errors import SVDQuantError
 from ..svdq_core.host.compare import SamplingSettings, sample_both
 from ..svdq_core.host.model import file_of
+from .panels import tell
 
 MODELS = ("model_a", "model_b", "positive", "vae")
 
@@ -137,9 +137,9 @@ class SVDQuantCompare(io.ComfyNode):
         comparison = compare(*pictures)
         picture = to_tensor(sheet(*pictures, comparison, names))
         report = "\n".join([*how, *comparison.lines()])
-        PromptServer.instance.send_progress_text(report, cls.hidden.unique_id)
         figures = comparison.mean_psnr, comparison.mean_ssim
-        return io.NodeOutput(picture, *figures, report, ui=ui.PreviewImage(picture, cls=cls))
+        shown = ui.PreviewImage(picture, cls=cls).as_dict() | {"svdquant_report": (report,)}
+        return io.NodeOutput(picture, *figures, report, ui=shown)
 
 
 def chosen_images(first: dict) -> bool:
@@ -183,12 +183,10 @@ def both_models(first: dict, inputs: dict, node_id: str) -> tuple[torch.Tensor, 
     )
     positive = inputs["positive"]
     negative = inputs.get("negative") or positive  # unused at cfg 1
-
-    def tell(text: str) -> None:
-        PromptServer.instance.send_progress_text(text, node_id)
-
     models = first["model_a"], first["model_b"]
-    return sample_both(models, positive, negative, first["vae"], settings, tell)
+    return sample_both(
+        models, positive, negative, first["vae"], settings, lambda text: tell(node_id, "report", text=text)
+    )
 
 
 def name_of(model) -> str:

@@ -125,8 +125,9 @@ def lora_info(path: Path, modified: int, size: int, model: Path | None, model_mo
 
 
 def without_folder(error: SVDQuantError, *paths: Path) -> str:
-    """The message with file names alone: folders are nobody's business in a browser."""
+    """The message without folders, which are nobody's business in a browser, and without the first file's name."""
     text = str(error)
     for path in paths:
         text = text.replace(str(path), path.name)
-    return text
+    text = text.removeprefix(f"{paths[0].name}: ")
+    return text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text  # no key's name

@@ -5,11 +5,11 @@ from pathlib import Path
 import folder_paths
 import torch
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..svdq_core import SVDQuantError, describe_file
 from ..svdq_core.host.load import load_svdquant
 from .files import fingerprint, name_error
+from .panels import tell
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,8 +75,7 @@ class SVDQuantLoader(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name: str, dtype: str) -> io.NodeOutput:
         path = find_model(unet_name)
-        server = PromptServer.instance  # where the name comes through a link, the panel learns it here
-        server.send_sync("svdquant.file", {"node": cls.hidden.unique_id, "name": unet_name}, server.client_id)
+        tell(cls.hidden.unique_id, "file", name=unet_name)  # news to the panel where it comes through a link
         info = describe_file(path)
         if info.kind != "svdquant":
             hint = "" if info.loader_hint == "none" else f" Load it with {info.loader_hint}."

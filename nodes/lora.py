@@ -5,17 +5,16 @@ from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..svdq_core.errors import SVDQuantError
 from ..svdq_core.host.adapters import REDUCED_RANK
 from ..svdq_core.host.lora import add_lora
 from .files import fingerprint, name_error
+from .panels import tell
 
 STACK = 5  # rows of the stack; stacks can be chained
 NONE = "none"
 NOTHING = "No LoRA is on."
-NAMED = 4  # unused keys that are named on the node; the report output and the log name all
 
 
 def find_lora(name: str) -> Path:
@@ -27,19 +26,18 @@ def find_lora(name: str) -> Path:
 
 
 def apply(model, loras: list[tuple[str, float]], rank: int, node_id: str) -> io.NodeOutput:
-    """A clone of ``model`` with the files at their strengths, in order; the report is shown on the node."""
-    patched, reports, texts = model.clone(), [], []
+    """A clone of ``model`` with the files at their strengths, in order; the panel learns what headers did not tell."""
+    patched, reports, news = model.clone(), [], []
     for name, strength in loras:
         if strength == 0:
             reports.append(f"{name}: strength 0, not applied.")
-            texts.append(reports[-1])
             continue
         lora = add_lora(patched, find_lora(name), strength, rank)
         reports.append(lora.summary())
-        texts.append(lora.summary(names=NAMED))
+        news.append(lora.reduction())
         if lora.unused:
             logging.info("SVDQuant LoRA: %s", reports[-1])
-    PromptServer.instance.send_progress_text("\n".join(texts) or NOTHING, node_id)
+    tell(node_id, "report", text="\n".join(filter(None, news)))
     return io.NodeOutput(patched, "\n".join(reports) or NOTHING)
 
 

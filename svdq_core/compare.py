@@ -103,9 +103,9 @@ def blur(x: Tensor) -> Tensor:
 
 
 def amplification(difference: Tensor) -> int:
-    """The largest factor by which differences may be shown with 99.9 % of them still in range."""
+    """The largest factor by which differences may be shown with 99 % of them still in range."""
     flat = difference.flatten()
-    rank = max(1, math.ceil(0.999 * flat.numel()))
+    rank = max(1, math.ceil(0.99 * flat.numel()))
     high = float(flat.kthvalue(rank).values)
     return max((f for f in AMPLIFICATIONS if f * high <= 1), default=1)
 
@@ -120,7 +120,8 @@ def sheet(reference: Tensor, candidate: Tensor, comparison: Comparison, names: t
     image = Image.new("RGB", (3 * width + 4 * MARGIN, HEAD + len(a) * (height + CAPTION + 8) + CAPTION), PAPER)
     draw = ImageDraw.Draw(image)
     columns = (a, b, (difference * factor).clamp(0, 1))
-    heads = (("reference", names[0]), ("candidate", names[1]), (f"difference × {factor}", ""))
+    shown = f"{factor} times as strong" if factor > 1 else "as it is"
+    heads = (("reference", names[0]), ("candidate", names[1]), ("difference", shown))
     for i, (pictures, (title, name)) in enumerate(zip(columns, heads, strict=True)):
         x = MARGIN + i * (width + MARGIN)
         draw.text((x, 14), title, INK, ImageFont.load_default(18))
@@ -178,4 +179,4 @@ def shortened(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, w
 
 def middle_out(text: str, keep: int) -> str:
     """``keep`` characters of the text, from both ends."""
-    return f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
+    return f"{text[: (keep + 1) // 2]}...{text[len(text) - keep // 2 :]}"

@@ -57,17 +57,23 @@ class LoraPatches:
     in_16_bit: list[str] = field(default_factory=list)  # quantized layers whose patch cannot stay beside
     energies: list[float] = field(default_factory=list)
 
-    def summary(self, names: int | None = None) -> str:
-        """In words; of unused keys at most ``names`` are named."""
+    def reduction(self) -> str:
+        """What reducing full-size updates keeps, which only their numbers tell; empty if there were none."""
+        if not self.energies:
+            return ""
+        return (
+            f"Reduced to low rank: {len(self.energies)} full-size updates, keeping at least "
+            f"{100 * min(self.energies):.1f} % of their energy. A higher rank keeps more."
+        )
+
+    def summary(self) -> str:
+        """In words."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         lines = [f"{self.name}: {self.keys - len(self.unused)} of {self.keys} keys apply ({kinds})."]
-        if self.energies:
-            lines.append(
-                f"Reduced to low rank: {len(self.energies)} full-size updates, keeping at least "
-                f"{100 * min(self.energies):.1f} % of their energy. A higher rank keeps more."
-            )
+        if reduction := self.reduction():
+            lines.append(reduction)
         if self.twice:
-            lines.append(f"Given more than once, used once: {', '.join(self.twice[:names])}")
+            lines.append(f"Given more than once, used once: {', '.join(self.twice)}")
         if self.in_16_bit:
             lines.append(f"In 16 bit while it is applied: {len(self.in_16_bit)} layers, {self.in_16_bit[0]} first.")
         text = [key for key in self.unused if TEXT_ENCODER.match(key)]
@@ -75,8 +81,7 @@ class LoraPatches:
         if text:
             lines.append(f"For the text encoder: {len(text)} keys. Apply them with Load LoRA and its CLIP.")
         if rest:
-            more = "" if names is None or len(rest) <= names else f" and {len(rest) - names} more"
-            lines.append(f"Of no layer of this model: {len(rest)} keys, {', '.join(rest[:names])}{more}")
+            lines.append(f"Of no layer of this model: {len(rest)} keys, {', '.join(rest)}")
         return "\n".join(lines)
 
 

@@ -93,6 +93,9 @@ def base_model(config: "comfy.supported_models_base.BASE", sd: Mapping[str, Tens
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    for module in model.diffusion_model.modules():
+        if not hasattr(module, "bias"):
+            module.register_parameter("bias", None)  # as in real layers without one
     return model
 
 
