@@ -146,7 +146,8 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== "SVDQuantQuantize") return;
     new Panel(node);
-    node.setSize([Math.max(WIDTH, node.size[0]), node.size[1]]);
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(WIDTH, width), height]);
     updateAll();
   },
   afterConfigureGraph: updateAll,
