@@ -15,6 +15,7 @@ from .errors import SVDQuantError
 
 WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 LUMA = (0.299, 0.587, 0.114)
 
 NARROW, WIDE = 320, 1024  # columns of the sheet: small pictures are enlarged (nearest), large ones reduced
@@ -167,7 +168,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
 
 
-def shortened(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, width: float) -> str:
+def shortened(draw: ImageDraw.ImageDraw, text: str, font: Font, width: float) -> str:
     """The text, with its middle left out where it is wider than that."""
     if draw.textlength(text, font) <= width:
         return text

@@ -203,6 +203,8 @@ def test_counting_is_silent_and_alone(host, small_flux_files, tmp_path, caplog):
     assert keys == ["mine"] and [r.getMessage() for r in caplog.records] == ["lora key not loaded: theirs"]
 
 
+OTHER_TOOLS = {"bare": {}, "odd": {"svdquant": '{"layers": {"a": 3, "b": {"error_db": NaN}}, "source": 1}'}}
+
 # ---- the routes --------------------------------------------------------------------------------------------
 
 
@@ -215,6 +217,9 @@ def comfyui(demo_quantized: ComfyServer, small_flux_files) -> ComfyServer:
         )
     for name in ("kohya", "diffusers", "lokr", "partly"):
         add(demo_quantized, f"info_{name}", FILES[name])
+    path = demo_quantized.base / "models/diffusion_models/demo_balanced.safetensors"
+    for name, metadata in OTHER_TOOLS.items():
+        save_file(load_file(path), path.with_name(f"{name}.safetensors"), metadata)
     return demo_quantized
 
 
@@ -248,16 +253,11 @@ def test_what_a_quantized_file_is(comfyui: ComfyServer):
     assert len(info["layers"]) == 32 and -60 < info["mean_error_db"] < -10
 
 
-def test_files_of_other_tools(comfyui: ComfyServer):
+@pytest.mark.parametrize("name", OTHER_TOOLS)
+def test_files_of_other_tools(comfyui: ComfyServer, name: str):
     """Without our metadata: what the shapes say; with nonsense in its place, too."""
-    path = comfyui.base / "models/diffusion_models/demo_balanced.safetensors"
-    for name, made in (
-        ("bare", {}),
-        ("odd", {"svdquant": '{"layers": {"a": 3, "b": {"error_db": NaN}}, "source": 1}'}),
-    ):
-        save_file(load_file(path), path.with_name(f"{name}.safetensors"), made)
-        info = about(comfyui, "file", f"{name}.safetensors")
-        assert info["format"] == "int4" and info["ranks"] == [32] and "layers" not in info and "error" not in info
+    info = about(comfyui, "file", f"{name}.safetensors")
+    assert info["format"] == "int4" and info["ranks"] == [32] and "layers" not in info and "error" not in info
 
 
 def test_other_files_and_damaged_ones(comfyui: ComfyServer):
@@ -375,13 +375,13 @@ class Panels:
     def __init__(self, page: ComfyPage):
         self.page = page
 
-    def says(self, node: int, *words: str) -> str:
-        """The panel's text, once it holds all of ``words``."""
-        script = """([id, words]) => {
-            const panel = app.rootGraph.getNodeById(id).widgets.find(w => w.name === "svdquant_info").element;
-            return words.every(word => panel.innerText.includes(word)) && panel.innerText;
+    def says(self, node: int, *words: str, without: str = "\0") -> str:
+        """The panel's text, once it holds all of ``words``, and does not hold another."""
+        script = """([id, words, without]) => {
+            const said = app.rootGraph.getNodeById(id).widgets.find(w => w.name === "svdquant_info").element.innerText;
+            return words.every(word => said.includes(word)) && !said.includes(without) && said;
         }"""
-        return self.page.page.wait_for_function(script, arg=[node, [*words]], timeout=10_000).json_value()
+        return self.page.page.wait_for_function(script, arg=[node, [*words], without], timeout=10_000).json_value()
 
     def set(self, node: int, widget: str, value: object) -> None:
         script = "([id, name, v]) => { app.rootGraph.getNodeById(id).widgets.find(w => w.name === name).value = v }"
@@ -447,7 +447,7 @@ def test_loader_panel(panels: Panels):
 
     folder = page.server.base / "models/diffusion_models"
     panels.set(node, "unet_name", "appears.safetensors")
-    panels.says(node, "no such file")
+    panels.says(node, "appears.safetensors is not there.")
     shutil.copy(folder / "demo_naive.safetensors", folder / "appears.safetensors")
     page.evaluate("() => app.refreshComboInNodes()")
     panels.says(node, "preset naive")
@@ -483,7 +483,7 @@ def test_lora_panels(panels: Panels):
     panels.set(stack, "strength_1", 0)
     panels.says(stack, "Strength 0: not applied.", "1 LoKr")
     panels.set(stack, "on_2", False)
-    assert "LoKr" not in panels.says(stack, "Strength 0")
+    panels.says(stack, "Strength 0", without="LoKr")
     panels.set(stack, "strength_1", 1)
     panels.set(load, "unet_name", "demo_balanced.safetensors")
     panels.says(lora_node, "Counted for demo_balanced.safetensors")
@@ -527,4 +527,4 @@ def test_the_canvas_below_keeps_its_wheel(panels: Panels):
     panels.says(node, "preset balanced")
     page.page.mouse.move(450, 380)
     page.page.mouse.wheel(0, -120)
-    page.page.wait_for_function("() => app.canvas.ds.scale > 1")
+    page.page.wait_for_function("() => app.canvas.ds.scale > 1", timeout=5000)

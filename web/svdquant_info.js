@@ -105,13 +105,21 @@ function valueOf(node, name) {
   return node.widgets?.find((widget) => widget.name === name)?.value;
 }
 
+function isLinked(node, name) {
+  return node.inputs?.some((input) => input.name === name && input.link != null) ?? false;
+}
+
+/** Whether a widget's list, which is the server's, has a name. */
+function offers(node, widget, name) {
+  return Boolean(node.widgets.find((other) => other.name === widget)?.options.values?.includes(name));
+}
+
 /** The name that a file widget will have when it runs; null where only the run can tell. */
 function chosen(node, name) {
-  const slot = node.inputs?.findIndex((input) => input.name === name) ?? -1;
-  const source = slot < 0 ? null : node.getInputNode(slot);
-  if (!source) return valueOf(node, name);
-  if (source.type === "PrimitiveNode") return source.widgets?.[0]?.value ?? null;
-  if (source.comfyClass !== "SVDQuantQuantize" || source.inputs.some((i) => i.name === "file_name" && i.link)) return null;
+  if (!isLinked(node, name)) return valueOf(node, name);
+  const source = node.getInputNode(node.inputs.findIndex((input) => input.name === name));
+  if (source?.type === "PrimitiveNode") return source.widgets?.[0]?.value ?? null;
+  if (source?.comfyClass !== "SVDQuantQuantize" || isLinked(source, "file_name")) return null;
   const file = String(valueOf(source, "file_name")).trim().replaceAll("\\", "/");
   return file.endsWith(".safetensors") ? file : `${file}.safetensors`;
 }
@@ -124,7 +132,7 @@ function modelFile(node) {
     seen.add(current);
     if (LOADERS.includes(current.comfyClass)) {
       const name = chosen(current, "unet_name") ?? known.get(current);
-      return /\.(safetensors|sft)$/.test(name ?? "") ? name : null;
+      return /\.(safetensors|sft)$/.test(name ?? "") && offers(current, "unet_name", name) ? name : null;
     }
     const slot = current.inputs?.findIndex(({ type, name }) => type === "MODEL" || (type === "*" && !name)) ?? -1;
     current = slot < 0 ? null : current.getInputNode(slot);
@@ -139,15 +147,14 @@ const known = new WeakMap(); // loaders whose file name comes through a link: th
 function describeLoader(node) {
   const name = chosen(node, "unet_name") ?? known.get(node);
   if (!name) return [note("What the file is will be shown here after a run: its name comes through a link.")];
-  return [{ url: `/svdquant/file?name=${encodeURIComponent(name)}`, show: (info) => showModel(info, node) }];
+  if (!offers(node, "unet_name", name)) {
+    return [note(isLinked(node, "unet_name") ? `${name} is not there yet: the run will make it.` : `${name} is not there.`)];
+  }
+  return [{ url: `/svdquant/file?name=${encodeURIComponent(name)}`, show: showModel }];
 }
 
-function showModel(info, node) {
-  if (info.error) {
-    const made = node.inputs?.some((input) => input.name === "unet_name" && input.link != null);
-    if (info.bytes === undefined && made) return [text("The file is not there yet: the run will make it.")];
-    return [text(info.error, "svdqi-warning"), ...(info.bytes ? [text(bytes(info.bytes))] : [])];
-  }
+function showModel(info) {
+  if (info.error) return [text(info.error, "svdqi-warning"), ...(info.bytes ? [text(bytes(info.bytes))] : [])];
   const facts = element("dl", { className: "svdqi-facts" });
   const fact = (term, ...words) => {
     const said = words.filter(Boolean).join(", ");
@@ -155,15 +162,14 @@ function showModel(info, node) {
   };
   fact("size", bytes(info.bytes), `${ratio(info.bytes_16bit, info.bytes)} smaller than 16 bit`);
   if (info.layers) fact("mean error", `${decibels(info.mean_error_db)} per layer, worst ${decibels(worstOf(info.layers))}`);
-  fact("saved", new Date(1000 * info.modified).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }),
-    info.preset && `preset ${info.preset}`);
+  fact("saved", new Date(1000 * info.modified).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }));
   fact("from", info.source);
   fact("calibration", calibrationOf(info.calibration));
   if (!info.layers) fact("made by", "another tool, which left no more facts");
   return [
     element("div", { className: "svdqi-head" },
       element("b", {}, titleOf(info)),
-      element("span", {}, [info.format, rankOf(info.ranks)].filter(Boolean).join(", "))),
+      element("span", {}, [info.format, rankOf(info.ranks), info.preset && `preset ${info.preset}`].filter(Boolean).join(", "))),
     ...(info.layers ? [miniChart(info.layers)] : []),
     facts,
   ]; // prettier-ignore
@@ -218,22 +224,23 @@ function miniChart(layers) {
 function describeLora(node, report) {
   const name = chosen(node, "lora_name");
   if (!name) return [note(name === null ? "The LoRA's name comes through a link: see the report after a run." : "No LoRA is chosen.")];
-  return [loraPart(node, name, valueOf(node, "strength"), false), ...reported(report), against(node)];
+  return [loraPart(node, "lora_name", name, valueOf(node, "strength"), false), ...reported(report), against(node)];
 }
 
 function describeStack(node, report) {
   const rows = [];
   for (let i = 1; i <= STACK; i++) {
     const name = chosen(node, `lora_${i}`);
-    if (valueOf(node, `on_${i}`) && name && name !== "none") rows.push(loraPart(node, name, valueOf(node, `strength_${i}`), true));
+    if (valueOf(node, `on_${i}`) && name && name !== "none") rows.push(loraPart(node, `lora_${i}`, name, valueOf(node, `strength_${i}`), true));
   }
   return rows.length ? [...rows, ...reported(report), against(node)] : [note("No LoRA is on.")];
 }
 
 /** One LoRA; `named` where there are several. */
-function loraPart(node, name, strength, named) {
+function loraPart(node, widget, name, strength, named) {
   const title = () => (named ? [text(name, "svdqi-name")] : []);
   if (strength === 0) return { name, text: "off", show: () => [...title(), text("Strength 0: not applied.")] };
+  if (!offers(node, widget, name)) return { name, text: "gone", show: () => [...title(), text(`${name} is not there.`)] };
   const model = modelFile(node);
   const query = new URLSearchParams({ name, ...(model ? { model } : {}) });
   return { name, url: `/svdquant/lora?${query}`, show: (info) => [...title(), ...showLora(info)] };
@@ -305,7 +312,7 @@ app.registerExtension({
   setup() {
     const href = new URL("./svdquant_info.css", import.meta.url).href;
     document.head.append(element("link", { rel: "stylesheet", href }));
-    api.addEventListener("svdquant.done", refresh);
+    api.addEventListener("svdquant.done", () => app.refreshComboInNodes()); // there is a new file, or a changed one
     api.addEventListener("svdquant.file", (event) => {
       const panel = panelOf(event);
       if (panel) known.set(panel.node, event.detail.name);
