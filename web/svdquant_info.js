@@ -170,7 +170,7 @@ function showModel(info) {
     element("div", { className: "svdqi-head" },
       element("b", {}, titleOf(info)),
       element("span", {}, [info.format, rankOf(info.ranks), info.preset && `preset ${info.preset}`].filter(Boolean).join(", "))),
-    ...(info.layers ? [miniChart(info.layers)] : []),
+    ...(info.layers ? [miniChart(info.layers), text("error of every layer (amber: weights only)", "svdqi-legend")] : []),
     facts,
   ]; // prettier-ignore
 }
