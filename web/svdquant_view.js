@@ -154,7 +154,7 @@ export class PanelView {
     if (!run.layers.length) return;
     const [small, large] = run.bytes ? [run.bytes, run.bytes_16bit] : [run.total_bytes, run.total_bytes_16bit];
     const tiles = [
-      [run.bytes ? "4-bit file" : "Solved so far", bytes(small), `16 bit: ${bytes(large)}`],
+      [run.bytes ? "File" : "Solved so far", bytes(small), `16 bit: ${bytes(large)}`],
       ["Smaller", ratio(large, small), run.bytes ? "the whole file" : "these layers"],
       ["Mean error", run.mean === null ? "–" : decibels(run.mean), `of ${run.counted} layers`],
       ["Worst layer", decibels(run.worst.error_db), run.worst.name],

@@ -94,7 +94,8 @@ class Previewer:
     """Small pictures of what is being sampled. Whatever goes wrong here, the calibration goes on without them."""
 
     def __init__(self, model: ModelPatcher) -> None:
-        self.model, self.decoder, self.failed, self.last = model, None, False, 0.0
+        self.model, self.failed, self.last = model, False, 0.0
+        self.decoder: latent_preview.LatentPreviewer | None = None
 
     def picture(self, denoised: Tensor, due: bool) -> str | None:
         """``denoised (1, C, H, W)`` as the data URL of a JPEG, when one is ``due`` or the last is a while ago."""
