@@ -144,7 +144,7 @@ def test_the_canvas_speaks_chinese(chinese: ComfyPage, vue: bool):
     shown = chinese.evaluate(
         """types => types.map((type, i) => {
             const node = LiteGraph.createNode(type);
-            node.pos = [120 + 440 * (i % 3), 120 + 430 * Math.floor(i / 3)];
+            node.pos = [140 + 520 * (i % 3), 160 + 620 * Math.floor(i / 3)];
             app.rootGraph.add(node);
             const label = ({name, label, localized_name}) => [name, label ?? localized_name ?? name];
             const inputs = [...(node.widgets ?? []), ...node.inputs];
@@ -157,7 +157,7 @@ def test_the_canvas_speaks_chinese(chinese: ComfyPage, vue: bool):
         assert title == texts["display_name"]
         assert {name: labels[name] for name in texts["inputs"]} == {k: v["name"] for k, v in texts["inputs"].items()}
         assert [label for _, label in outputs] == [slot["name"] for slot in texts["outputs"].values()]
-    chinese.evaluate("() => { app.canvas.ds.scale = 0.8; app.canvas.setDirty(true, true); }")
+    chinese.evaluate("() => { app.canvas.ds.scale = 0.65; app.canvas.setDirty(true, true); }")
     chinese.page.wait_for_timeout(500)  # for the picture only
     chinese.screenshot(f"chinese_{'nodes2' if vue else 'canvas'}")
     assert unexpected(chinese) == []

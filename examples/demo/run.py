@@ -56,6 +56,8 @@ CALIBRATION = "\n".join(
 )
 STEPS, CFG, SIZE = 25, 3.0, 128
 
+LOADERS = {"DualCLIPLoader": "DemoTextEncoderLoader", "VAELoader": "DemoVAELoader"}  # the demo's in FLUX's place
+
 Loras = tuple[tuple[str, float], ...]  # (style, strength)
 LORAS: dict[str, Loras] = {
     "neon": (("neon", 1.0),),
@@ -65,13 +67,19 @@ LORAS: dict[str, Loras] = {
 
 
 def load_workflow(server: ComfyServer, name: str) -> dict[str, dict]:
-    """A shipped workflow as a prompt, with the demo's text encoder and VAE where FLUX's would be."""
+    """A shipped workflow as a prompt, with the demo's text encoder and VAE where FLUX's would be, and its size."""
     workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))
     prompt = to_prompt(workflow, server.get("/object_info"))
     for node in prompt.values():
-        replacement = {"DualCLIPLoader": "DemoTextEncoderLoader", "VAELoader": "DemoVAELoader"}.get(node["class_type"])
-        if replacement:
-            node.update(class_type=replacement, inputs={})
+        if node["class_type"] in LOADERS:
+            node.update(class_type=LOADERS[node["class_type"]], inputs={})
+        if node["class_type"] == "FluxKontextImageScale":  # to a megapixel
+            scale = {"upscale_method": "lanczos", "width": SIZE, "height": SIZE, "crop": "center"}
+            node.update(class_type="ImageScale", inputs=node["inputs"] | scale)
+    change(prompt, "EmptySD3LatentImage", width=SIZE, height=SIZE)
+    change(prompt, "ImageScaleToTotalPixels", megapixels=SIZE**2 / 2**20)
+    change(prompt, "SVDQuantQuantize", size=SIZE)
+    change(prompt, "SVDQuantCompare", width=SIZE, height=SIZE)
     return prompt
 
 
@@ -84,10 +92,11 @@ def change(prompt: dict[str, dict], class_type: str, **inputs: object) -> None:
 
 def set_picture(prompt: dict[str, dict], text: str, seed: int) -> None:
     """Fill in what is asked for; the negative prompt stays empty."""
-    change(prompt, "EmptySD3LatentImage", width=SIZE, height=SIZE)
     change(prompt, "KSampler", steps=STEPS, cfg=CFG, seed=seed)
-    positive = next(n["inputs"]["conditioning"][0] for n in prompt.values() if n["class_type"] == "FluxGuidance")
-    prompt[positive]["inputs"]["text"] = text
+    node = next(n for n in prompt.values() if n["class_type"] == "KSampler")
+    while node["class_type"] != "CLIPTextEncode":
+        node = prompt[node["inputs"].get("positive", node["inputs"].get("conditioning"))[0]]
+    node["inputs"]["text"] = text
 
 
 def quantize(server: ComfyServer, model: str, preset: str) -> str:
@@ -96,7 +105,7 @@ def quantize(server: ComfyServer, model: str, preset: str) -> str:
     name = f"{model}_{preset}"
     change(prompt, "UNETLoader", unet_name=f"{model}.safetensors")
     change(prompt, "SVDQuantPrompts", prompts=CALIBRATION)
-    change(prompt, "SVDQuantQuantize", file_name=name, preset=preset, size=SIZE, steps=8)
+    change(prompt, "SVDQuantQuantize", file_name=name, preset=preset, steps=8)
     set_picture(prompt, PROMPTS[0], seed=1)
     history = server.run(prompt, timeout=600)
     texts = [t for out in history["outputs"].values() for t in out.get("text", ())]
