@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+# Some tests want the same bits from two ways of computing one thing. MKL, which reads this when torch is imported,
+# otherwise adds in an order that depends on where in memory a matrix lies.
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 import pytest
 import torch
