@@ -148,9 +148,9 @@ def on_canvas(
         while any(server.get("/queue").values()):
             time.sleep(0.5)
     page.page.wait_for_timeout(1500)  # pictures on the nodes, and the panels
-    page.evaluate(FRAME, [framed, VIEW * 3 // 4])
+    page.evaluate(FRAME, [framed, VIEW * 7 // 10])
     page.page.wait_for_timeout(1500)
-    edge = VIEW // 8
+    edge = VIEW * 3 // 20  # off the toolbars and messages
     with Image.open(page.screenshot("thumbnail")) as image:
         image = image.convert("RGB").crop((edge, edge, VIEW - edge, VIEW - edge))
     page.close()
