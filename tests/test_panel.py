@@ -84,7 +84,7 @@ def press_interrupt(page: ComfyPage) -> None:
 # --- what the panel shows ---
 
 
-def wait_for(page: ComfyPage, condition: str, timeout: int = 2 * MINUTE) -> None:
+def wait_for(page: ComfyPage, condition: str, timeout: int = 5 * MINUTE) -> None:
     """Wait for a condition on `panel`, the only one on the page; `count(selector)` counts what is in it."""
     script = f"""() => {{
         const panel = document.querySelector('.svdq');
@@ -156,7 +156,7 @@ def page(browser: Browser, server: ComfyServer) -> Iterator[ComfyPage]:
 
 def image(page: ComfyPage, node: int) -> np.ndarray:
     """The picture that a Preview Image node shows, once it does."""
-    page.page.wait_for_function("id => app.rootGraph.getNodeById(id).imgs?.length", arg=node, timeout=2 * MINUTE)
+    page.page.wait_for_function("id => app.rootGraph.getNodeById(id).imgs?.length", arg=node, timeout=5 * MINUTE)
     url = page.evaluate("id => app.rootGraph.getNodeById(id).imgs[0].src", node)
     with urllib.request.urlopen(url) as answer:
         return np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB"), np.float32)
@@ -269,7 +269,7 @@ def test_from_an_empty_canvas_to_a_picture(browser: Browser, server: ComfyServer
 
 def test_a_second_tab_a_queue_and_other_nodes(browser: Browser, server: ComfyServer, page: ComfyPage):
     """Two jobs in the queue, seen by two tabs; a copy of the node and another workflow do not show them."""
-    quantize = build(page, file_name="first", **SLOW)
+    quantize = build(page, file_name="first", **{**SLOW, "preset": "balanced"})
     workflow = page.evaluate("() => app.rootGraph.serialize()")
     page.run()
     wait_for(page, "count('.svdq-strip img') >= 1")

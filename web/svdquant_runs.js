@@ -78,6 +78,8 @@ function pick(object, ...names) {
   return Object.fromEntries(names.map((name) => [name, object[name]]));
 }
 
+const MOST_RUNS = 16;
+
 /** One run per node of a workflow, the newest last. */
 export const runs = new Map();
 export const connection = { lost: false };
@@ -110,6 +112,7 @@ function begin(event) {
   const run = new Run(event);
   runs.delete(keyOf(event)); // a run that starts is the newest
   runs.set(keyOf(event), run);
+  if (runs.size > MOST_RUNS) runs.delete(runs.keys().next().value);
   return run;
 }
 
@@ -138,8 +141,8 @@ async function refetch() {
 async function fetchRuns() {
   const open = [...runs.values()].filter((run) => !run.over);
   const answer = await api.fetchApi("/svdquant/runs").catch(() => null);
-  if (!answer?.ok) return; // the server is not there; "reconnected" comes when it is
-  const { now, runs: lists } = await answer.json();
+  const { now, runs: lists } = (answer?.ok && (await answer.json().catch(() => null))) || {};
+  if (!lists) return; // the server is not there; "reconnected" comes when it is
   connection.lost = false;
   const told = lists.map((events) => {
     const run = known(events[0]) ?? begin(events[0]);
@@ -147,7 +150,5 @@ async function fetchRuns() {
     return run;
   });
   for (const run of open) if (!told.includes(run)) run.lost = true; // the server was started anew
-  const names = new Set([...told, ...open].map(keyOf));
-  for (const key of runs.keys()) if (!names.has(key)) runs.delete(key);
   changed();
 }
