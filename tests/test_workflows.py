@@ -179,13 +179,14 @@ def test_the_template_browser_shows_them(page: ComfyPage):
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.page.locator("[role=dialog]").last
     dialog.get_by_text(PACK, exact=True).first.click()
-    for name in NAMES:
-        thumbnail = dialog.locator(f"img[src*='{PACK}/{name}.jpg']").first
-        thumbnail.scroll_into_view_if_needed()
-        image = thumbnail.element_handle()
-        page.page.wait_for_function("image => image.complete && image.naturalWidth === 512", arg=image)
+    page.page.wait_for_function("() => document.querySelector('[role=dialog] img')?.naturalWidth === 512")
     page.screenshot("templates")
-    page.page.keyboard.press("Escape")
+    for name in NAMES:
+        dialog.get_by_text(name, exact=True).scroll_into_view_if_needed()
+        image = dialog.locator(f"img[alt='{name}']").element_handle()  # it is loaded when it is seen
+        page.page.wait_for_function("image => image.complete && image.naturalWidth === 512", arg=image)
+    dialog.locator("img[alt='redux']").click()
+    page.page.wait_for_function("() => app.rootGraph.nodes.some((node) => node.type === 'StyleModelApply')")
 
 
 @pytest.fixture(scope="module")
