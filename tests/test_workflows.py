@@ -182,7 +182,7 @@ def test_the_template_browser_shows_them(page: ComfyPage):
     page.page.wait_for_function("() => document.querySelector('[role=dialog] img')?.naturalWidth === 512")
     page.screenshot("templates")
     for name in NAMES:
-        dialog.get_by_text(name, exact=True).scroll_into_view_if_needed()
+        dialog.locator(f"h3[title='{name}']").scroll_into_view_if_needed()
         image = dialog.locator(f"img[alt='{name}']").element_handle()  # it is loaded when it is seen
         page.page.wait_for_function("image => image.complete && image.naturalWidth === 512", arg=image)
     dialog.locator("img[alt='redux']").click()
