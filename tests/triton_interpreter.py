@@ -50,7 +50,8 @@ def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options
 
 def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
     """The product of two float32 is exact in float64."""
-    fused = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN, infinity
+        fused = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
     return TensorHandle(fused.astype(z.data.dtype), z.dtype.scalar)
 
 

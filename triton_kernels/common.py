@@ -35,6 +35,21 @@ def expect(
 
 
 @triton.jit
+def divide(x, y, EXACT: tl.constexpr):
+    """Exactly ``x / y`` in float32, whatever ``y`` (EXACT), or for a ``y`` with the value of a bf16 or fp16 number.
+
+    For such a y the first quotient may be off by some last places (`/` is approximate on a GPU): its remainder is
+    exact in float32 all the same, and the corrected quotient is off by 2^-20 last places before it is rounded,
+    while a quotient by 11 bits is at least 2^-12 away from a tie. (From |x| = 2^-100 up; a third of the instructions.)
+    """
+    if EXACT:
+        return tl.div_rn(x, y)
+    reciprocal = 1.0 / y
+    quotient = x * reciprocal
+    return tl.fma(tl.fma(-quotient, y, x), reciprocal, quotient)
+
+
+@triton.jit
 def group_scales(x, UNSIGNED: tl.constexpr, dtype: tl.constexpr):
     """Scales of float32 groups ``x (..., 64)``: absmax / 7 (15 unsigned) rounded to ``dtype``, without the last axis.
 
@@ -61,3 +76,47 @@ def pack_codes(codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Codes of four bits in ``ROWS * COLUMNS`` int32 as int8 ``(ROWS, COLUMNS / 2)``, low nibble = even column."""
     low, high = tl.split(tl.reshape(codes, [ROWS, COLUMNS // 2, 2]))
     return (low | (high << 4)).to(tl.int8)
+
+
+@triton.jit
+def tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Which tile of an (M, N) result this program makes: GROUP_M rows of tiles at a time, so that both inputs are
+    found in the L2 cache again."""
+    program = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first = program // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + program % height, program % (GROUP_M * tiles_n) // height
+
+
+@triton.jit
+def branch_and_bias(
+    acc,
+    hidden_ptr,
+    up_ptr,
+    bias_ptr,
+    rows,
+    columns,
+    R,
+    hidden_stride,
+    up_stride,
+    BLOCK_R: tl.constexpr,
+):
+    """``acc (BLOCK_M, BLOCK_N)`` float32 + hidden (M, R) · proj_up (N, R)ᵀ + bias (N,); BLOCK_R = 0: no branch."""
+    if BLOCK_R > 0:
+        for start in range(0, R, BLOCK_R):
+            ranks = start + tl.arange(0, BLOCK_R)
+            mask = (ranks < R)[None, :]
+            hidden = tl.load(hidden_ptr + rows[:, None] * hidden_stride + ranks[None, :], mask=mask, other=0.0)
+            up = tl.load(up_ptr + columns[:, None] * up_stride + ranks[None, :], mask=mask, other=0.0)
+            acc = tl.dot(hidden, up.to(hidden.dtype).T, acc, input_precision="ieee")
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns).to(tl.float32)[None, :]
+    return acc
+
+
+def block_r(rank: int) -> int:
+    """Ranks per step of `branch_and_bias`: the largest that wastes none, once the rank is a multiple of 16."""
+    if rank == 0:
+        return 0
+    return next(block for block in (64, 32, 16) if block == 16 or rank % block == 0)

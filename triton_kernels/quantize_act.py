@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect, group_scales, pack_codes, round_to_code
+from .common import FLOATS, arch, divide, expect, group_scales, pack_codes, round_to_code
 
 GELU_SHIFT = tl.constexpr(0.171875)
 WIDEST_RANK = 256  # columns of proj_down for one program; the x of a wider one is read again
@@ -81,9 +81,11 @@ def quantize_act_kernel(
             wide = x.to(tl.float32)
             if UNSIGNED:
                 wide += GELU_SHIFT
-            groups = tl.reshape(tl.div_rn(wide, smooth[None, :]), [BLOCK_M, BLOCK_K // 64, 64])
+            smoothed = divide(wide, smooth[None, :], smooth_ptr.dtype.element_ty == tl.float32)
+            groups = tl.reshape(smoothed, [BLOCK_M, BLOCK_K // 64, 64])
             scales = group_scales(groups, UNSIGNED, scales_ptr.dtype.element_ty)
-            codes = round_to_code(tl.div_rn(groups, scales[:, :, None]), UNSIGNED)
+            scaled = divide(groups, scales[:, :, None], scales_ptr.dtype.element_ty == tl.float32)
+            codes = round_to_code(scaled, UNSIGNED)
             group = start // 64 + tl.arange(0, BLOCK_K // 64)
             scales_at = scales_ptr + group[None, :].to(tl.int64) * M + rows[:, None]
             scales_mask = row_mask[:, None] & (group < K // 64)[None, :]
