@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -133,16 +134,17 @@ def examine(case: tuple, arch: str) -> dict[str, Any]:
     }
 
 
-def compile_files(files: list[str], archs: list[str] | None = None, cases: list[str] | None = None) -> list[dict]:
+def compile_files(files: list[str], cache: Path, archs: list[str] | None = None) -> list[dict[str, Any]]:
     """Run this file in a process of its own; one result per (file, case, architecture), with `error` if it has none."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, *files]
-    command += ["--arch", *archs] if archs else []
-    command += ["--case", *cases] if cases else []
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, __file__, *files, *(["--arch", *archs] if archs else [])]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    if run.returncode:
-        results.append({"file": " ".join(files), "case": "", "arch": "", "error": run.stderr[-3000:]})
+    if run.returncode:  # the compiler crashed; the last line of stderr that says "compiling" tells at what
+        last = [json.loads(line[10:]) for line in run.stderr.splitlines() if line.startswith("compiling ")]
+        where = last[-1] if last else {"file": files[0], "case": "", "arch": ""}
+        results.append({**where, "error": f"exit status {run.returncode}: {run.stderr[-2000:]}"})
     return results
 
 
@@ -159,11 +161,11 @@ def main() -> None:
                 if args.case and name not in args.case:
                     continue
                 result = {"file": file, "case": name, "arch": arch}
-                print(f"compiling {result}", file=sys.stderr, flush=True)  # the last line tells what crashed
+                print("compiling", json.dumps(result), file=sys.stderr, flush=True)
                 try:
                     result |= examine(case, arch)
                 except Exception as error:
-                    result["error"] = f"{type(error).__name__}: {str(error)[-2000:]}"
+                    result["error"] = "".join(traceback.format_exception(error))[-2000:]
                 print(json.dumps(result), flush=True)
 
 

@@ -57,7 +57,7 @@ def group_scales(x, UNSIGNED: tl.constexpr, dtype: tl.constexpr):
     """
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered like magnitudes, NaN on top; a float max drops NaN
     absmax = tl.max(bits, axis=len(x.shape) - 1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(absmax, 15.0 if UNSIGNED else 7.0).to(dtype).to(tl.float32)
+    scale = divide(absmax, 15.0 if UNSIGNED else 7.0, False).to(dtype).to(tl.float32)
     scale = tl.where(scale == 0, 1.0, scale)
     return tl.where(scale < float("inf"), scale, float("nan"))
 

@@ -19,17 +19,33 @@ from torch import Tensor
 
 from .common import FLOATS, arch, block_r, branch_and_bias, expect, tile_of
 
+MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2^23: an integer added to them is added to the float
+
 
 @triton.jit
-def low_nibbles(x, SIGNED: tl.constexpr):
+def low_nibbles(x, SIGNED: tl.constexpr, PTX: tl.constexpr):
     """16 times the signed, or the unsigned low nibble of int8."""
+    if PTX and SIGNED:
+        return four_bytes("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", x)
+    if PTX:
+        return four_bytes("and.b32 $0, $1, 0x0F0F0F0F;", x)
     return x << 4 if SIGNED else x & 15
 
 
 @triton.jit
-def high_nibbles(x, SIGNED: tl.constexpr):
+def high_nibbles(x, SIGNED: tl.constexpr, PTX: tl.constexpr):
     """16 times the signed, or the unsigned high nibble of int8."""
+    if PTX and SIGNED:
+        return four_bytes("and.b32 $0, $1, 0xF0F0F0F0;", x)
+    if PTX:
+        return four_bytes("{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", x)
     return x & -16 if SIGNED else (x >> 4) & 15
+
+
+@triton.jit
+def four_bytes(ASM: tl.constexpr, x):
+    """PTX for a register of four int8, which the compiler would take apart. (LLVM refuses the like for AMD.)"""
+    return tl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -41,28 +57,36 @@ def scaled_sums(
     rows,
     columns,
     N,
-    K,
+    row_bytes,
     scales_stride_m,
     scales_stride_g,
     UNSIGNED: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """The main loop: float32 (BLOCK_M, BLOCK_N) of the 4-bit product, for rows and columns given as int64."""
     SCALE: tl.constexpr = 1.0 / 16 if UNSIGNED else 1.0 / 256
     byte = tl.arange(0, 32)
-    codes_at = codes_ptr + rows[:, None] * (K // 2) + byte[None, :]
-    weight_at = weight_ptr + columns[:, None] * (K // 2) + byte[None, :]
+    codes_at = codes_ptr + rows[:, None] * row_bytes + byte[None, :]
+    weight_at = weight_ptr + columns[:, None] * row_bytes + byte[None, :]
     scales_at = scales_ptr + rows * scales_stride_m
     weight_scale_at = weight_scale_ptr + columns
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(0, K, 64):
+    for _ in range(0, row_bytes, 32):
         codes = tl.load(codes_at)
         weight = tl.load(weight_at)
         scales = tl.load(scales_at).to(tl.float32) * SCALE
         weight_scale = tl.load(weight_scale_at).to(tl.float32)
-        sums = tl.dot(low_nibbles(codes, not UNSIGNED), low_nibbles(weight, True).T, out_dtype=tl.int32)
-        sums = tl.dot(high_nibbles(codes, not UNSIGNED), high_nibbles(weight, True).T, sums, out_dtype=tl.int32)
+        start = tl.full([BLOCK_M, BLOCK_N], MAGIC if PTX else 0, tl.int32)
+        sums = tl.dot(
+            low_nibbles(codes, not UNSIGNED, PTX), low_nibbles(weight, True, PTX).T, start, out_dtype=tl.int32
+        )
+        sums = tl.dot(
+            high_nibbles(codes, not UNSIGNED, PTX), high_nibbles(weight, True, PTX).T, sums, out_dtype=tl.int32
+        )
+        if PTX:
+            sums = sums.to(tl.float32, bitcast=True) - 12582912.0
         acc += sums.to(tl.float32) * (scales[:, None] * weight_scale[None, :])
         codes_at += 32
         weight_at += 32
@@ -83,23 +107,29 @@ def gemm_w4a4_kernel(
     y_ptr,
     M,
     N,
-    K,
     R,
+    row_bytes,
     scales_stride_m,
     scales_stride_g,
     hidden_stride,
     up_stride,
     UNSIGNED: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):
-    """One program: one (BLOCK_M, BLOCK_N) tile of y. Rows and columns beyond the edge repeat the last: no masks."""
+    """One program: one (BLOCK_M, BLOCK_N) tile of y. Rows and columns beyond the edge repeat the last: no masks.
+
+    EVEN_N: there are no such columns, and the compiler may load the scales of neighbours together.
+    """
     tile_m, tile_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows, columns = tl.minimum(row, M - 1).to(tl.int64), tl.minimum(column, N - 1).to(tl.int64)
+    rows = tl.minimum(row, M - 1).to(tl.int64)
+    columns = (column if EVEN_N else tl.minimum(column, N - 1)).to(tl.int64)
     acc = scaled_sums(
         codes_ptr,
         scales_ptr,
@@ -108,10 +138,11 @@ def gemm_w4a4_kernel(
         rows,
         columns,
         N,
-        K,
+        row_bytes,
         scales_stride_m,
         scales_stride_g,
         UNSIGNED,
+        PTX,
         BLOCK_M,
         BLOCK_N,
     )
@@ -121,13 +152,13 @@ def gemm_w4a4_kernel(
 
 
 def config(arch: str, m: int) -> dict[str, int]:
-    """Tile, warps, pipeline: the tile that keeps sums and accumulators in registers; static counts, not measured."""
-    conf = {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP_M": 8, "num_warps": 8, "num_stages": 4}
-    if m <= 64:
-        conf |= {"BLOCK_M": 64 if m > 32 else 32, "num_warps": 4}
+    """Tile, warps, pipeline, from compiled instruction counts (docs/kernels_w4a4.md), not from timings."""
+    conf = {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 4}
     if arch.startswith("gfx"):
-        conf |= {"num_stages": 2}
-    return conf
+        conf |= {"num_warps": 8, "num_stages": 2, "BLOCK_N": 128 if arch.startswith("gfx9") else 64}
+    if m <= 64:
+        conf |= {"BLOCK_M": 64, "num_warps": 4}
+    return conf | {"PTX": arch.startswith("sm")}
 
 
 def check(
@@ -172,7 +203,7 @@ def gemm_w4a4(
 ) -> Tensor:
     """y (M, N): see the top of this file."""
     check("gemm_w4a4", codes, scales, weight, weight_scale, hidden, proj_up, bias)
-    m, n, k, rank = codes.shape[0], weight.shape[0], codes.shape[1] * 2, hidden.shape[1]
+    m, n, rank = codes.shape[0], weight.shape[0], hidden.shape[1]
     y = codes.new_empty((m, n), dtype=scales.dtype)
     if m == 0 or n == 0:
         return y
@@ -190,13 +221,14 @@ def gemm_w4a4(
         y,
         m,
         n,
-        k,
         rank,
+        codes.shape[1],
         *scales.stride(),
         hidden.stride(0),
         proj_up.stride(0),
         UNSIGNED=act_unsigned,
         BLOCK_R=block_r(rank),
+        EVEN_N=n % conf["BLOCK_N"] == 0,
         **conf,
     )
     return y
@@ -220,10 +252,10 @@ def _(
 def compile_cases(arch: str) -> dict[str, tuple]:
     """What `tests/test_compile_matrix.py` compiles: kernel, argument types, constants, options."""
     types = {name: "*bf16" for name in ("scales_ptr", "weight_scale_ptr", "hidden_ptr", "up_ptr", "bias_ptr", "y_ptr")}
-    types |= {"codes_ptr": "*i8", "weight_ptr": "*i8", "M": "i32", "N": "i32:16", "K": "i32:16", "R": "i32:16"}
+    types |= {"codes_ptr": "*i8", "weight_ptr": "*i8", "M": "i32", "N": "i32:16", "row_bytes": "i32:16", "R": "i32:16"}
     types |= {"scales_stride_g": "i32:16", "hidden_stride": "i32:16", "up_stride": "i32:16"}
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
-    constants = {"scales_stride_m": 1, "BLOCK_R": 32}
+    constants = {"scales_stride_m": 1, "BLOCK_R": 32, "EVEN_N": True}
     few = {**constants, "UNSIGNED": False, "bias_ptr": None}
     return {
         "signed": (gemm_w4a4_kernel, types, {**constants, "UNSIGNED": False}, config(arch, 4608)),
