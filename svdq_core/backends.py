@@ -1,7 +1,7 @@
 """Which implementation runs a quantized linear: measured if it was, by reasoning if not, and only if it is right.
 
-On the CPU, in float32 and for gradients that is plain torch (:func:`.linear.linear_forward`), traced by torch.compile
-like any torch code. In bf16 and fp16 on a GPU every linear is one opaque op, ``svdquant::linear``, and the choice is
+On the CPU and in float32 that is plain torch (:func:`.linear.linear_forward`), traced by torch.compile like any torch
+code. In bf16 and fp16 on a GPU every linear is one opaque op, ``svdquant::linear``, and the choice is
 made in it: no graph break, and nothing of it is traced.
 
 The environment variable SVDQUANT_BACKEND takes a library (``torch``, ``triton``, ``kitchen``) or a name out of
@@ -154,7 +154,7 @@ def ranked(
     arch, times = device_arch(device), nearest_times(device, fmt, size, k, n)
     names = sorted(shipped_order(arch, fmt, size), key=lambda name: times.get(name, math.inf))  # stable
     every = [IMPLEMENTATIONS[fmt, name] for name in names]
-    if forced or device.type != "cuda":
+    if forced or arch == "cpu":
         every = [i for i in every if f"{i.name}-".startswith(f"{forced or 'torch'}-")]
     wanted = [i for i in every if fmt != "int4" or activations in ("auto", i.activations)] or every
     usable = [i for i in wanted if i.why_not(arch) is None and i.takes(k, n)]
@@ -277,8 +277,7 @@ def linear(x: Tensor, layer: QuantizedLinear, activations: str = "auto") -> Tens
 
     ``activations`` is one of :data:`.implementations.ACTIVATIONS`; ``auto`` is 4 bit in plain torch.
     """
-    plain = x.dtype not in (torch.bfloat16, torch.float16) or (x.requires_grad and torch.is_grad_enabled())
-    if plain or (x.device.type != "cuda" and not FORCED):
+    if x.dtype not in (torch.bfloat16, torch.float16) or (x.device.type != "cuda" and not FORCED):
         grid = FORMATS["int8"] if activations == "8 bit" and layer.fmt.name == "int4" else None
         return linear_forward(
             x, layer.fmt, layer.tensors, layer.smooth_factor, layer.proj_down, layer.proj_up, layer.bias,
