@@ -1,4 +1,4 @@
-"""Per-token 8-bit activations: int8 codes and scales are exactly the reference's, and the branch's first half is right."""
+"""Per-token 8-bit activations: int8 codes and scales are exactly the reference's, and so is the branch's first half."""
 
 import pytest
 import torch
