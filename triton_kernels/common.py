@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rounding import MAGIC, divide, magnitude_bits, reciprocal, safe_scale
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -35,18 +37,12 @@ def expect(
 
 
 @triton.jit
-def divide(x, y, EXACT: tl.constexpr):
-    """Exactly ``x / y`` in float32, whatever ``y`` (EXACT), or for a ``y`` with the value of a bf16 or fp16 number.
-
-    For such a y the first quotient may be off by some last places (`/` is approximate on a GPU): its remainder is
-    exact in float32 all the same, and the corrected quotient is off by 2^-20 last places before it is rounded,
-    while a quotient by 11 bits is at least 2^-12 away from a tie. (From |x| = 2^-100 up; a third of the instructions.)
-    """
+def quotient(x, y, EXACT: tl.constexpr):
+    """The IEEE quotient of float32, for any ``y`` (EXACT) or one with the value of a bf16 or fp16 number."""
     if EXACT:
         return tl.div_rn(x, y)
-    reciprocal = 1.0 / y
-    quotient = x * reciprocal
-    return tl.fma(tl.fma(-quotient, y, x), reciprocal, quotient)
+    high, low = reciprocal(y)
+    return divide(x, high, low)
 
 
 @triton.jit
@@ -55,11 +51,9 @@ def group_scales(x, UNSIGNED: tl.constexpr, dtype: tl.constexpr):
 
     All zeros have scale 1. A group with NaN, or whose scale is not finite, has scale NaN: so has its output.
     """
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered like magnitudes, NaN on top; a float max drops NaN
-    absmax = tl.max(bits, axis=len(x.shape) - 1).to(tl.float32, bitcast=True)
-    scale = divide(absmax, 15.0 if UNSIGNED else 7.0, False).to(dtype).to(tl.float32)
-    scale = tl.where(scale == 0, 1.0, scale)
-    return tl.where(scale < float("inf"), scale, float("nan"))
+    absmax = tl.max(magnitude_bits(x), axis=len(x.shape) - 1).to(tl.float32, bitcast=True)
+    largest = tl.full(absmax.shape, 15.0 if UNSIGNED else 7.0, tl.float32)
+    return safe_scale(quotient(absmax, largest, False).to(dtype).to(tl.float32))
 
 
 @triton.jit
@@ -68,7 +62,7 @@ def round_to_code(x, UNSIGNED: tl.constexpr):
     low: tl.constexpr = 0.0 if UNSIGNED else -7.0
     high: tl.constexpr = 15.0 if UNSIGNED else 7.0
     clamped = tl.minimum(tl.maximum(x, low), high)
-    return (clamped + 12582912.0).to(tl.int32, bitcast=True) & 15  # 1.5 * 2^23: the sum has no fraction bits
+    return (clamped + MAGIC).to(tl.int32, bitcast=True) & 15
 
 
 @triton.jit
