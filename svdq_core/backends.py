@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -175,23 +176,42 @@ def forget() -> None:
     RIGHT.clear()
 
 
-def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
-    """``x (M, K)`` through the best implementation that works: right on a small layer, and without an error on this."""
-    n, k = layer.shape
-    shape = (layer.fmt.name, size_class(x.shape[0]), k, n)
-    for implementation in ranked(x.device, shape[0], activations, *shape[1:], FORCED):
-        key = (implementation, x.device, x.dtype, shape)
+def working(x: Tensor, layer: QuantizedLinear, activations: str) -> Iterator[Implementation]:
+    """What to run ``x (M, K)`` with, best first: right on a small layer, and never failed on such a shape."""
+    for implementation in ranked(x.device, *shape_class(x, layer, activations), FORCED):
         if implementation.library == "torch":
-            break
-        if key in REJECTED or not is_right(implementation, x.device, x.dtype, layer.act_unsigned):
-            continue
+            yield implementation
+            return
+        failed = (implementation, x.device, x.dtype, shape_class(x, layer, activations)) in REJECTED
+        if not failed and is_right(implementation, x.device, x.dtype, layer.act_unsigned):
+            yield implementation
+
+
+def shape_class(x: Tensor, layer: QuantizedLinear, activations: str) -> tuple[str, str, int, int, int]:
+    """What the choice for ``x (M, K)`` depends on, beside the device."""
+    n, k = layer.shape
+    return layer.fmt.name, activations, size_class(x.shape[0]), k, n
+
+
+def choice(x: Tensor, layer: QuantizedLinear, activations: str = "auto") -> Implementation:
+    """What :func:`linear` takes for ``x (M, K)``."""
+    return next(working(x, layer, activations))
+
+
+def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
+    """``x (M, K)`` through the best implementation that works."""
+    for implementation in working(x, layer, activations):
+        if implementation.library == "torch":
+            return implementation.run(x, layer)
         try:
             return implementation.run(x, layer)
         except torch.OutOfMemoryError:
             raise  # ComfyUI's business: it unloads models and tries again
         except Exception as error:
+            n, k = layer.shape
+            key = (implementation, x.device, x.dtype, shape_class(x, layer, activations))
             reject(key, describe(error), f" for {k} inputs and {n} outputs")
-    return implementation.run(x, layer)
+    raise AssertionError("plain torch is always the last")
 
 
 def reject(key: tuple[Any, ...], reason: str, where: str = "") -> None:

@@ -145,6 +145,21 @@ def test_measured_elsewhere_does_not_count(hopper, monkeypatch):
     backends.device_key.cache_clear()
 
 
+def test_measuring(hopper, kernel_device, monkeypatch):
+    """What `svdquant bench` does on a GPU: all that is right is timed, and then the choice goes by that."""
+    from comfyui_svdquant.svdq_core import benchmark
+
+    layer, x = layer_and_input(m=16, k=64, n=64)
+    wrong = replace(IMPLEMENTATIONS["int4", "triton-w4a4"], run=no_branch)
+    monkeypatch.setitem(IMPLEMENTATIONS, ("int4", "triton-w4a4"), wrong)
+    times = benchmark.measure(layer, x)
+    assert {"torch", "torch-w4a8", "triton-widened-int8"} <= times.keys() and "triton-w4a4" not in times
+    assert all(ms > 0 for ms in times.values())
+    backends.store_measurements(CPU, {backends.shape_key("int4", 16, 64, 64): times})
+    fastest = min(times, key=times.get)
+    assert backends.choice(x, layer).name == fastest == names(size=16, k=64, n=64)[0]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"a": 1}', b'{"a": {"b": {"c": "fast"}}}'])
 def test_damaged_measurements(content, hopper, caplog):
     path = backends.measurements_file()
