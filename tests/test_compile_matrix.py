@@ -17,6 +17,7 @@ INT8 = {"sm": r"mma\.sync.*s8", "sm90": r"wgmma.*s8", "gfx9": r"v_mfma_i32.*i8",
 MATRIX: dict[str, dict[str, str]] = {
     "quantize_act": FLOAT,
     "gemm_w4a4": INT8,
+    "gemm_w4a4_gelu": INT8,
 }
 
 

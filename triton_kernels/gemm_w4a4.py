@@ -256,9 +256,9 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types |= {"scales_stride_g": "i32:16", "hidden_stride": "i32:16", "up_stride": "i32:16"}
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
     constants = {"scales_stride_m": 1, "BLOCK_R": 32, "EVEN_N": True}
-    few = {**constants, "UNSIGNED": False, "bias_ptr": None}
+    one = {**constants, "UNSIGNED": False, "bias_ptr": None, "M": 1}
     return {
         "signed": (gemm_w4a4_kernel, types, {**constants, "UNSIGNED": False}, config(arch, 4608)),
         "unsigned": (gemm_w4a4_kernel, fp16, {**constants, "UNSIGNED": True}, config(arch, 4608)),
-        "few rows": (gemm_w4a4_kernel, types, few, config(arch, 16)),
+        "one row": (gemm_w4a4_kernel, types, one, config(arch, 1)),
     }

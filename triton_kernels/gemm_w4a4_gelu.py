@@ -124,8 +124,13 @@ def gemm_w4a4_gelu_kernel(
 
 
 def configured(arch: str, m: int) -> dict[str, int]:
-    """As `gemm_w4a4`; tiles are always one group wide."""
-    return {name: value for name, value in config(arch, m).items() if name != "BLOCK_N"}
+    """As `gemm_w4a4`, with tiles one group wide, and changed where the longer epilogue would spill registers."""
+    conf = {name: value for name, value in config(arch, m).items() if name != "BLOCK_N"}
+    if arch.startswith("sm10"):
+        conf |= {"num_warps": 8}
+    if arch.startswith("gfx11"):
+        conf |= {"BLOCK_M": 32, "num_warps": 4}
+    return conf
 
 
 def check_next(weight: Tensor, next_smooth: Tensor, next_down: Tensor) -> None:
@@ -193,7 +198,7 @@ def gemm_w4a4_gelu(
         UNSIGNED=act_unsigned,
         NEXT_UNSIGNED=next_unsigned,
         BLOCK_R=block_r(rank),
-        NEXT_BLOCK_R=block_r(next_rank),
+        NEXT_BLOCK_R=16 if next_rank else 0,  # more would spill registers
         TILES=TILES,
         **conf,
     )
@@ -226,6 +231,6 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types |= {"codes_ptr": "*i8", "weight_ptr": "*i8", "next_codes_ptr": "*i8", "partial_ptr": "*fp32", "M": "i32"}
     types |= {name: "i32:16" for name in ("N", "R", "next_r", "row_bytes", "scales_stride_g")}
     types |= {name: "i32:16" for name in ("hidden_stride", "up_stride", "next_down_stride")}
-    constants = {"scales_stride_m": 1, "BLOCK_R": 32, "NEXT_BLOCK_R": 32, "TILES": TILES}
+    constants = {"scales_stride_m": 1, "BLOCK_R": 32, "NEXT_BLOCK_R": 16, "TILES": TILES}
     constants |= {"UNSIGNED": False, "NEXT_UNSIGNED": True}
     return {"flux": (gemm_w4a4_gelu_kernel, types, constants, configured(arch, 4608))}
