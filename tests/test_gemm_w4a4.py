@@ -79,6 +79,17 @@ def test_the_largest_codes_do_not_overflow(on, unsigned):
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
+def test_either_way_to_float(on, unsigned, monkeypatch):
+    """Parts differ in how sums become floats; both ways are right everywhere."""
+    from comfyui_svdquant.triton_kernels import gemm_w4a4
+
+    for magic in (False, True):
+        config = gemm_w4a4.config
+        monkeypatch.setattr(gemm_w4a4, "config", lambda *args, c=config, m=magic: c(*args) | {"MAGIC": m})
+        check(draw(70, 70, 128, 16, torch.bfloat16, 6, unsigned), unsigned, on)
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
 def test_order_of_nibbles(on, unsigned):
     """One code of the input and one of the weight: only where their columns agree is there a product."""
     from comfyui_svdquant.triton_kernels.gemm_w4a4 import gemm_w4a4

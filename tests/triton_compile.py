@@ -72,16 +72,18 @@ def disassemble(compiled: Any, arch: str) -> list[str]:
     return [line for line in lines if line]
 
 
-MATRIX = re.compile(r"(UTC)?[IHQO]G?MMA|v_s?w?mfma|v_wmma")
-
-
 def opcode(line: str) -> str:
     """The instruction without its predicate and operands."""
     return re.sub(r"^@\S+ ", "", line).split(" ")[0].rstrip(";")
 
 
+def is_matrix(opcode: str) -> bool:
+    """Whether it runs on the matrix units."""
+    return bool(re.match(r"(UTC)?[IHQO]G?MMA|v_mfma|v_s?wmma", opcode))
+
+
 def main_loop(lines: list[str]) -> list[str]:
-    """Of the loops (a backward branch and its target) that hold no other, the one with most matrix instructions."""
+    """Of the loops (a backward branch and its target) that hold no other, the longest with matrix instructions."""
     at: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for i, line in enumerate(lines):
@@ -93,7 +95,8 @@ def main_loop(lines: list[str]) -> list[str]:
             if name in at:
                 loops.append((at[name], i))
     bodies = [lines[a : b + 1] for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    return max(bodies, key=lambda body: sum(bool(MATRIX.match(opcode(x))) for x in body), default=[])
+    bodies = [body for body in bodies if any(is_matrix(opcode(line)) for line in body)]
+    return max(bodies, key=len, default=[])
 
 
 def spills(compiled: Any, lines: list[str], arch: str) -> int:
@@ -123,7 +126,7 @@ def examine(case: tuple, arch: str) -> dict[str, Any]:
     loop = [opcode(line) for line in main_loop(lines) if re.match(r"[@\w]", line) and not line.endswith(":")]
     text = compiled.asm["ptx"] if arch.startswith("sm") else compiled.asm["amdgcn"]
     matrix = Counter(
-        re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*|\bv_s?w?mfma\w*|\bv_wmma\w*", text)
+        re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*|\bv_mfma\w*|\bv_s?wmma\w*", text)
     )
     return {
         "matrix": dict(matrix),

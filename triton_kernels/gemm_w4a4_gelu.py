@@ -71,6 +71,7 @@ def gemm_w4a4_gelu_kernel(
     UNSIGNED: tl.constexpr,
     NEXT_UNSIGNED: tl.constexpr,
     PTX: tl.constexpr,
+    MAGIC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     NEXT_BLOCK_R: tl.constexpr,
@@ -97,6 +98,7 @@ def gemm_w4a4_gelu_kernel(
             scales_stride_g,
             UNSIGNED,
             PTX,
+            MAGIC,
             BLOCK_M,
             64,
         )
