@@ -35,7 +35,7 @@ def config(part: str, m: int) -> dict[str, int]:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4}
     if part == "sm90":
         return {"BLOCK_M": 256, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
-    if part.startswith("gfx"):
+    if part.startswith(("gfx", "sm10")):
         return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
     # mma.sync: the warps that share rows of the tile each widen them, so few warps
     return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4}
