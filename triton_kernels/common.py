@@ -98,7 +98,7 @@ def branch_and_bias(
 ):
     """``acc (BLOCK_M, BLOCK_N)`` float32 + hidden (M, R) · proj_up (N, R)ᵀ + bias (N,); BLOCK_R = 0: no branch."""
     if BLOCK_R > 0:
-        for start in range(0, R, BLOCK_R):
+        for start in tl.range(0, R, BLOCK_R, num_stages=2):  # more would not fit beside float32
             ranks = start + tl.arange(0, BLOCK_R)
             mask = (ranks < R)[None, :]
             hidden = tl.load(hidden_ptr + rows[:, None] * hidden_stride + ranks[None, :], mask=mask, other=0.0)
@@ -111,6 +111,4 @@ def branch_and_bias(
 
 def block_r(rank: int) -> int:
     """Ranks per step of `branch_and_bias`: the largest that wastes none, once the rank is a multiple of 16."""
-    if rank == 0:
-        return 0
-    return next(block for block in (64, 32, 16) if block == 16 or rank % block == 0)
+    return 0 if rank == 0 else 32 if rank % 32 == 0 else 16

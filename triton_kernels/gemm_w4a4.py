@@ -216,27 +216,28 @@ def gemm_w4a4(
     hidden, proj_up = rowwise(hidden), rowwise(proj_up)
     conf = config(arch(codes.device), m)
     grid = (triton.cdiv(m, conf["BLOCK_M"]) * triton.cdiv(n, conf["BLOCK_N"]),)
-    gemm_w4a4_kernel[grid](
-        codes.contiguous(),
-        scales,
-        weight.contiguous().view(torch.int8),
-        weight_scale.contiguous(),
-        hidden,
-        proj_up,
-        None if bias is None else bias.contiguous(),
-        y,
-        m,
-        n,
-        rank,
-        codes.shape[1],
-        *scales.stride(),
-        hidden.stride(0),
-        proj_up.stride(0),
-        UNSIGNED=act_unsigned,
-        BLOCK_R=block_r(rank),
-        EVEN_N=n % conf["BLOCK_N"] == 0,
-        **conf,
-    )
+    with torch.cuda.device_of(codes):
+        gemm_w4a4_kernel[grid](
+            codes.contiguous(),
+            scales,
+            weight.contiguous().view(torch.int8),
+            weight_scale.contiguous(),
+            hidden,
+            proj_up,
+            None if bias is None else bias.contiguous(),
+            y,
+            m,
+            n,
+            rank,
+            codes.shape[1],
+            *scales.stride(),
+            hidden.stride(0),
+            proj_up.stride(0),
+            UNSIGNED=act_unsigned,
+            BLOCK_R=block_r(rank),
+            EVEN_N=n % conf["BLOCK_N"] == 0,
+            **conf,
+        )
     return y
 
 
@@ -261,10 +262,12 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types |= {"codes_ptr": "*i8", "weight_ptr": "*i8", "M": "i32", "N": "i32:16", "row_bytes": "i32:16", "R": "i32:16"}
     types |= {"scales_stride_g": "i32:16", "hidden_stride": "i32:16", "up_stride": "i32:16"}
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
+    fp32 = {name: t.replace("bf16", "fp32") for name, t in types.items()}
     constants = {"scales_stride_m": 1, "BLOCK_R": 32, "EVEN_N": True}
     one = {**constants, "UNSIGNED": False, "bias_ptr": None, "M": 1}
     return {
         "signed": (gemm_w4a4_kernel, types, {**constants, "UNSIGNED": False}, config(arch, 4608)),
         "unsigned": (gemm_w4a4_kernel, fp16, {**constants, "UNSIGNED": True}, config(arch, 4608)),
+        "float32": (gemm_w4a4_kernel, fp32, {**constants, "UNSIGNED": False}, config(arch, 4608)),
         "one row": (gemm_w4a4_kernel, types, one, config(arch, 1)),
     }

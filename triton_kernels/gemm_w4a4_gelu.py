@@ -175,35 +175,36 @@ def gemm_w4a4_gelu(
     places = triton.cdiv(n, 64 * TILES)
     partial = scales.new_empty((places, m, next_rank), dtype=torch.float32)
     conf = configured(arch(codes.device), m)
-    gemm_w4a4_gelu_kernel[(triton.cdiv(m, conf["BLOCK_M"]) * places,)](
-        codes.contiguous(),
-        scales,
-        weight.contiguous().view(torch.int8),
-        weight_scale.contiguous(),
-        hidden,
-        proj_up,
-        None if bias is None else bias.contiguous(),
-        next_smooth.contiguous(),
-        next_down,
-        next_codes,
-        next_scales,
-        partial,
-        m,
-        n,
-        rank,
-        next_rank,
-        codes.shape[1],
-        *scales.stride(),
-        hidden.stride(0),
-        proj_up.stride(0),
-        next_down.stride(0),
-        UNSIGNED=act_unsigned,
-        NEXT_UNSIGNED=next_unsigned,
-        BLOCK_R=block_r(rank),
-        NEXT_BLOCK_R=16 if next_rank else 0,  # more would spill registers
-        TILES=TILES,
-        **conf,
-    )
+    with torch.cuda.device_of(codes):
+        gemm_w4a4_gelu_kernel[(triton.cdiv(m, conf["BLOCK_M"]) * places,)](
+            codes.contiguous(),
+            scales,
+            weight.contiguous().view(torch.int8),
+            weight_scale.contiguous(),
+            hidden,
+            proj_up,
+            None if bias is None else bias.contiguous(),
+            next_smooth.contiguous(),
+            next_down,
+            next_codes,
+            next_scales,
+            partial,
+            m,
+            n,
+            rank,
+            next_rank,
+            codes.shape[1],
+            *scales.stride(),
+            hidden.stride(0),
+            proj_up.stride(0),
+            next_down.stride(0),
+            UNSIGNED=act_unsigned,
+            NEXT_UNSIGNED=next_unsigned,
+            BLOCK_R=block_r(rank),
+            NEXT_BLOCK_R=16 if next_rank else 0,  # more would spill registers
+            TILES=TILES,
+            **conf,
+        )
     return next_codes, next_scales, partial.sum(0).to(scales.dtype)
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from .common import FLOATS, arch, expect, group_scales, pack_codes, quotient, round_to_code
 
 GELU_SHIFT = tl.constexpr(0.171875)
-WIDEST_RANK = 256  # columns of proj_down for one program; the x of a wider one is read again
 
 
 @triton.jit
@@ -117,12 +116,20 @@ def row_moments(x_rows, row_mask, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.con
     return mean, tl.rsqrt(tl.sum(square, axis=1) / K + eps)
 
 
-def config(arch: str, norm: bool) -> dict[str, int]:
-    """Blocks and warps, not measured. Few rows per program, so that a 4608-token image fills the GPU, and eight columns
-    per thread: every step then has the same layout, and none is done twice."""
+def config(arch: str, rank: int, dtype: torch.dtype, norm: bool) -> dict[str, int]:
+    """Blocks, warps, pipeline; not measured. Few rows per program, so that a 4608-token image fills the GPU, and eight
+    columns per thread: every step then has the same layout, and none is done twice. proj_down must fit in shared
+    memory; columns of a wider one go to other programs, which read x again."""
+    widest = 64 if dtype == torch.float32 else 128
+    conf = {"BLOCK_M": 16, "BLOCK_K": 128, "BLOCK_R": min(max(16, triton.next_power_of_2(rank)), widest) if rank else 0}
+    conf |= {"num_warps": 4 if arch == "gfx942" else 8, "num_stages": 3}
+    if norm or conf["BLOCK_R"] == 128:
+        conf |= {"num_stages": 2}
+    if dtype == torch.float32:
+        conf |= {"num_stages": 1}
     if arch.startswith("gfx1"):
-        return {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4 if arch == "gfx942" else 8, "num_stages": 2 if norm else 3}
+        conf |= {"BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
+    return conf
 
 
 def check(op: str, x: Tensor, smooth_factor: Tensor, proj_down: Tensor) -> None:
@@ -155,30 +162,29 @@ def launch(
     if m == 0:
         return codes, scales, hidden
     x = x if x.stride(1) == 1 else x.contiguous()
-    block_r = 0 if rank == 0 else min(max(16, triton.next_power_of_2(rank)), WIDEST_RANK)
-    conf = config(arch(x.device), mod_scale is not None)
-    grid = (triton.cdiv(m, conf["BLOCK_M"]), triton.cdiv(rank, block_r) if rank else 1)
-    quantize_act_kernel[grid](
-        x,
-        smooth_factor.contiguous(),
-        proj_down,
-        mod_scale,
-        mod_shift,
-        codes,
-        scales,
-        hidden,
-        m,
-        k,
-        rank,
-        x.stride(0),
-        *proj_down.stride(),
-        m if mod_scale is None else m // mod_scale.shape[0],
-        eps,
-        UNSIGNED=act_unsigned,
-        NORM=mod_scale is not None,
-        BLOCK_R=block_r,
-        **conf,
-    )
+    conf = config(arch(x.device), rank, x.dtype, mod_scale is not None)
+    grid = (triton.cdiv(m, conf["BLOCK_M"]), triton.cdiv(rank, conf["BLOCK_R"]) if rank else 1)
+    with torch.cuda.device_of(x):
+        quantize_act_kernel[grid](
+            x,
+            smooth_factor.contiguous(),
+            proj_down,
+            mod_scale,
+            mod_shift,
+            codes,
+            scales,
+            hidden,
+            m,
+            k,
+            rank,
+            x.stride(0),
+            *proj_down.stride(),
+            m if mod_scale is None else m // mod_scale.shape[0],
+            eps,
+            UNSIGNED=act_unsigned,
+            NORM=mod_scale is not None,
+            **conf,
+        )
     return codes, scales, hidden
 
 
@@ -241,12 +247,16 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types = {name: "*bf16" for name in ("x_ptr", "smooth_ptr", "down_ptr", "scales_ptr", "hidden_ptr")}
     types |= {"codes_ptr": "*i8", "M": "i32", "K": "i32:16", "R": "i32:16", "x_stride": "i32:16", "eps": "fp32"}
     types |= {"down_stride_k": "i32:16", "rows_per_mod": "i32:16"}
-    constants = {"down_stride_r": 1, "BLOCK_R": 32}
-    plain = {"mod_scale_ptr": None, "mod_shift_ptr": None, "NORM": False}
-    mod = {"mod_scale_ptr": "*bf16", "mod_shift_ptr": "*bf16"}
+    signed = {"down_stride_r": 1, "UNSIGNED": False, "NORM": False, "mod_scale_ptr": None, "mod_shift_ptr": None}
+    unsigned = signed | {"UNSIGNED": True}
+    mod = types | {"mod_scale_ptr": "*bf16", "mod_shift_ptr": "*bf16"}
+    norm = {"down_stride_r": 1, "UNSIGNED": False, "NORM": True}
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
+    fp32 = {name: t.replace("bf16", "fp32") for name, t in types.items()}
     return {
-        "signed": (quantize_act_kernel, types, {**constants, **plain, "UNSIGNED": False}, config(arch, False)),
-        "unsigned": (quantize_act_kernel, fp16, {**constants, **plain, "UNSIGNED": True}, config(arch, False)),
-        "norm": (quantize_act_kernel, types | mod, {**constants, "NORM": True, "UNSIGNED": False}, config(arch, True)),
+        "signed": (quantize_act_kernel, types, signed, config(arch, 32, torch.bfloat16, False)),
+        "unsigned": (quantize_act_kernel, fp16, unsigned, config(arch, 32, torch.float16, False)),
+        "norm": (quantize_act_kernel, mod, norm, config(arch, 32, torch.bfloat16, True)),
+        "rank 160": (quantize_act_kernel, types, signed, config(arch, 160, torch.bfloat16, False)),
+        "float32": (quantize_act_kernel, fp32, signed, config(arch, 160, torch.float32, False)),
     }
