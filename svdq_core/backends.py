@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .checkpoint import TOOL
 from .formats import AWQ, FORMATS, Format
-from .implementations import IMPLEMENTATIONS, Implementation, torch_linear
+from .implementations import FUSED_MLP, IMPLEMENTATIONS, Implementation, torch_linear, torch_mlp
 from .linear import QuantizedLinear, linear_forward
 
 FORCED = os.environ.get("SVDQUANT_BACKEND", "")
@@ -250,15 +250,23 @@ def is_right(implementation: Implementation, device: torch.device, dtype: torch.
 
 def check(implementation: Implementation, device: torch.device, dtype: torch.dtype, unsigned: bool) -> str | None:
     """Why it is not right on this device, in words; None if it is within its tolerance."""
-    fmt = FORMATS[implementation.fmt]
-    layer, x = random_layer(fmt, 72 if fmt.has_branch else 3, 256, 384, device, dtype, rank=24, unsigned=unsigned)
+    fmt, m = FORMATS[implementation.fmt], 72 if implementation.fmt != "awq" else 3
+    if implementation is FUSED_MLP:
+        first, x = random_layer(fmt, m, 256, 384, device, dtype, rank=24)
+        second, _ = random_layer(fmt, m, 384, 256, device, dtype, rank=40, unsigned=unsigned)
+        return compare(implementation, (x, first, second), torch_mlp(x, first, second))
+    layer, x = random_layer(fmt, m, 256, 384, device, dtype, rank=24, unsigned=unsigned)
     grid = "int8" if implementation.fmt == "int4" and implementation.activations == "8 bit" else None
-    wanted = torch_linear(x, layer, grid).float()
+    return compare(implementation, (x, layer), torch_linear(x, layer, grid))
+
+
+def compare(implementation: Implementation, arguments: tuple[Any, ...], wanted: Tensor) -> str | None:
+    """What is not right about its result, in words."""
     try:
-        found = implementation.run(x, layer).float()
+        found = implementation.run(*arguments).float()
         if found.shape != wanted.shape:
             return f"a result of shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"
-        error = float(10 * ((found - wanted).square().sum() / wanted.square().sum()).log10())
+        error = float(10 * ((found - wanted).square().sum() / wanted.float().square().sum()).log10())
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:
@@ -338,3 +346,71 @@ def opaque_linear(
 @opaque_linear.register_fake
 def opaque_linear_shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+# ---- two linears with GELU between -----------------------------------------------------------------------
+
+
+def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
+    """``x (M, K)``: fused where both layers take our W4A4 kernel, else one after the other."""
+    shapes = shape_class(x, first, activations), shape_class(x, second, activations)
+    key = (FUSED_MLP, x.device, x.dtype, shapes)
+    ours = all(choice(x, layer, activations).name == "triton-w4a4" for layer in (first, second))
+    if ours and key not in REJECTED and is_right(FUSED_MLP, x.device, x.dtype, second.act_unsigned):
+        try:
+            return FUSED_MLP.run(x, first, second)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reject(key, describe(error), f" for {first.shape[1]}, {first.shape[0]} and {second.shape[0]} features")
+    hidden = torch.nn.functional.gelu(run_linear(x, first, activations), approximate="tanh")
+    return run_linear(hidden, second, activations)
+
+
+def may_fuse(x: Tensor) -> bool:
+    """Whether :func:`mlp` takes an input: what :func:`linear` would give to its op, without a gradient."""
+    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    return x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or bool(FORCED)) and not wants_gradient
+
+
+def mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
+    """``second(GELU(first(x)))`` of two INT4 layers as one op, for an ``x (..., K)`` of which :func:`may_fuse`."""
+    return opaque_mlp(
+        x, parts(first), parts(second), first.bias, second.bias, first.act_unsigned, second.act_unsigned, activations
+    )  # fmt: skip
+
+
+def parts(layer: QuantizedLinear) -> list[Tensor]:
+    """The tensors that every INT4 layer has, in the order of :func:`from_parts`."""
+    rest = (layer.smooth_factor, layer.proj_down, layer.proj_up)
+    return [layer.tensors["weight"], layer.tensors["weight_scale"], *(t for t in rest if t is not None)]
+
+
+def from_parts(tensors: list[Tensor], bias: Tensor | None, unsigned: bool) -> QuantizedLinear:
+    weight, weight_scale, smooth_factor, proj_down, proj_up = tensors
+    codes = {"weight": weight, "weight_scale": weight_scale}
+    return QuantizedLinear(FORMATS["int4"], codes, smooth_factor, proj_down, proj_up, bias, unsigned)
+
+
+@torch.library.custom_op("svdquant::mlp", mutates_args=())
+def opaque_mlp(
+    x: Tensor,
+    first: list[Tensor],
+    second: list[Tensor],
+    first_bias: Tensor | None,
+    second_bias: Tensor | None,
+    first_unsigned: bool,
+    second_unsigned: bool,
+    activations: str,
+) -> Tensor:
+    """:func:`mlp` as one op."""
+    rows, n = x.reshape(-1, x.shape[-1]), second[0].shape[0]
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    layers = from_parts(first, first_bias, first_unsigned), from_parts(second, second_bias, second_unsigned)
+    return run_mlp(rows, *layers, activations).reshape(*x.shape[:-1], n)
+
+
+@opaque_mlp.register_fake
+def opaque_mlp_shape(x: Tensor, first: list[Tensor], second: list[Tensor], *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], second[0].shape[0])

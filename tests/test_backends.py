@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfyui_svdquant.svdq_core import backends
 from comfyui_svdquant.svdq_core.formats import FORMATS, get_format
-from comfyui_svdquant.svdq_core.implementations import IMPLEMENTATIONS, torch_linear
+from comfyui_svdquant.svdq_core.implementations import FUSED_MLP, IMPLEMENTATIONS, torch_linear, torch_mlp
 from comfyui_svdquant.svdq_core.linear import linear_forward
 
 from sampling import error_db
@@ -368,3 +368,41 @@ def test_opcheck(kernel_device, force):
         (*arguments, layer.bias, "int4", False, "auto"),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+# ---- the MLP ---------------------------------------------------------------------------------------------
+
+
+def two_layers(unsigned=True, rank=40):
+    first, x = layer_and_input(m=37, k=128, n=192)
+    second, _ = layer_and_input(k=192, n=128, unsigned=unsigned, rank=rank)
+    return x, first, second
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_fused_mlp_is_right(dtype, unsigned, kernel_device):
+    assert backends.check(FUSED_MLP, kernel_device, dtype, unsigned) is None
+
+
+def test_mlp_is_fused_where_both_layers_are_ours(kernel_device, force, monkeypatch, caplog):
+    force("triton-w4a4")
+    x, first, second = two_layers()
+    fused = backends.mlp(x[None], first, second, "auto")[0]
+    assert torch.equal(fused, FUSED_MLP.run(x, first, second)) and not caplog.records
+    after_another = backends.linear(torch.nn.functional.gelu(backends.linear(x, first), approximate="tanh"), second)
+    assert error_db(fused, after_another.double()) < FUSED_MLP.tolerance_db
+    force("torch")
+    assert torch.equal(backends.mlp(x, first, second, "auto"), torch_mlp(x, first, second))
+    assert backends.mlp(x[:0], first, second, "auto").shape == (0, 128)
+
+
+def test_wrong_fused_mlp_is_not_used(kernel_device, force, monkeypatch, caplog):
+    force("triton-w4a4")
+    wrong = replace(FUSED_MLP, run=lambda x, first, second: torch_linear(torch_linear(x, first), second))  # no GELU
+    monkeypatch.setattr(backends, "FUSED_MLP", wrong)
+    x, first, second = two_layers()
+    hidden = torch.nn.functional.gelu(backends.linear(x, first), approximate="tanh")
+    for _ in range(2):
+        assert torch.equal(backends.mlp(x, first, second, "auto"), backends.linear(hidden, second))
+    assert caplog.text.count("triton-w4a4-mlp is not used on cpu (its result is") == 1

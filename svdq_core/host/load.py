@@ -16,6 +16,7 @@ from ..checkpoint import read_checkpoint
 from ..errors import SVDQuantError
 from ..linear import QuantizedLinear
 from .layout import set_activations
+from .mlp import fuse
 from .ops import SVDQuantOps
 from .patcher import adopt
 
@@ -67,6 +68,7 @@ def load_svdquant(
     patcher = adopt(patcher)
     for linear in patcher.model.quantized_linears.values():
         set_activations(linear.weight, activations)
+    fuse(patcher.model.diffusion_model)
     return patcher
 
 
