@@ -31,7 +31,9 @@ FORCED = os.environ.get("SVDQUANT_BACKEND", "")
 # ---- the shipped order -----------------------------------------------------------------------------------
 
 # By reasoning (docs/kernels.md), not by measurement: published rates of the matrix units, and the work beside them.
-INT4_UNITS = {"sm80", "sm86", "sm87", "sm89"}  # comfy-kitchen's CUDA kernels use them, Triton has no int4 product
+# comfy-kitchen's CUDA kernels use INT4 units; Triton has no int4 product. sm80 has them, too, but too few float units
+# to scale their results in time.
+INT4_FIRST = {"sm86", "sm87", "sm89"}
 FP8_BEFORE_INT8 = {"sm100", "sm101", "sm103"}  # Triton reaches tcgen05 with fp8 only, and sm103 has few int8 units
 FEW, SOME = 16, 512  # tokens: a GEMM is bound by reading the weight up to about SOME, so widening it first costs most
 
@@ -45,7 +47,7 @@ def shipped_order(arch: str, fmt: str, size: int) -> list[str]:
     kinds = ("fp8", "int8") if arch in FP8_BEFORE_INT8 else ("int8", "fp8")
     ways = ("w4a8", "widened") if size else ("widened", "w4a8")
     eight = [f"triton-{way}-{kind}" for kind in kinds for way in ways]
-    if arch in INT4_UNITS:
+    if arch in INT4_FIRST:
         return ["kitchen-w4a4", *eight, "triton-w4a4", "torch", "torch-w4a8"]
     return [*eight, "triton-w4a4", "kitchen-w4a4", "torch", "torch-w4a8"]
 

@@ -65,6 +65,7 @@ def test_shipped_order(arch, fmt, size):
 @pytest.mark.parametrize(
     ("arch", "size", "first"),
     [
+        ("sm80", 0, "triton-widened-int8"),
         ("sm86", 0, "kitchen-w4a4"),  # INT4 tensor cores
         ("sm89", 512, "kitchen-w4a4"),
         ("sm90", 0, "triton-widened-int8"),
