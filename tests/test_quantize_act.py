@@ -11,6 +11,8 @@ from torch import Tensor
 INT4 = get_format("int4")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, on purpose
+
 
 @pytest.fixture(scope="module", autouse=True)
 def on(kernel_device):
