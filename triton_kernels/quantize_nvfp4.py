@@ -26,7 +26,7 @@ FLOAT16S = (torch.bfloat16, torch.float16)
 def config(part: str) -> dict[str, int]:
     """16 rows, as many columns as the registers of the compiled code hold; not measured."""
     amd = part.startswith("gfx")
-    return {"BLOCK_M": 16, "BLOCK_K": 64 if amd else 128, "num_warps": 4, "num_stages": 1 if amd else 2}
+    return {"BLOCK_M": 16, "BLOCK_K": 64 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect
+from .common import FLOATS, arch, expect, quotient
 from .rounding import divide, expect_e4m3, has_e4m3, magnitude_bits, reciprocal, round_half_even, safe_scale
 
 FLOAT16S = (torch.bfloat16, torch.float16)
@@ -55,10 +55,7 @@ def smoothed(x, smooth, ks, K, SHIFT: tl.constexpr):
     v = x.to(tl.float32)
     if SHIFT != 0.0:
         v = tl.where((ks < K)[None, :], v + SHIFT, 0.0)
-    if factor.dtype == tl.float32:
-        return tl.div_rn(v, factor[None, :])
-    high, low = reciprocal(factor.to(tl.float32))
-    return divide(v, high[None, :], low[None, :])
+    return quotient(v, factor.to(tl.float32)[None, :], factor.dtype == tl.float32)
 
 
 @triton.jit
@@ -105,8 +102,9 @@ def quantize_token_kernel(
     if KIND == "fp8":
         high = tl.div_rn(1.0, scale)  # no format defines this one: a product is enough
 
-    for back in range(0, K, BLOCK_K):
-        ks = (K - 1) // BLOCK_K * BLOCK_K - back + block
+    WIDE: tl.constexpr = 2 * BLOCK_K  # without the product's tiles there are registers for more rows a thread
+    for back in range(0, K, WIDE):
+        ks = (K - 1) // WIDE * WIDE - back + tl.arange(0, WIDE)
         v = smoothed(load_x(x, rows, M, stride_m, ks, K), smooth, ks, K, SHIFT)
         q = v * high[:, None] if KIND == "fp8" else divide(v, high[:, None], low[:, None])
         code = encode(q, KIND)
