@@ -45,10 +45,10 @@ def ours(layer: QuantizedLinear, x: Tensor) -> dict[str, Run]:
         "rank 0": lambda: chosen.run(x, bare),
         "unfused": lambda: chosen.run(x, bare).addmm_(x @ down, up.t()),
     }
-    n, k = layer.shape
+    (n, k), size = layer.shape, backends.size_class(x.shape[0])
     for i in IMPLEMENTATIONS.values():
         possible = i.fmt == layer.fmt.name and i.why_not(backends.device_arch(x.device)) is None and i.takes(k, n)
-        if possible and backends.is_right(i, x.device, x.dtype, layer.act_unsigned):
+        if possible and backends.is_right(i, x.device, x.dtype, layer.act_unsigned, size):
             runs[i.name] = lambda i=i: i.run(x, layer)
     return runs
 

@@ -180,12 +180,13 @@ def forget() -> None:
 
 def working(x: Tensor, layer: QuantizedLinear, activations: str) -> Iterator[Implementation]:
     """What to run ``x (M, K)`` with, best first: right on a small layer, and never failed on such a shape."""
-    for implementation in ranked(x.device, *shape_class(x, layer, activations), FORCED):
+    shape = shape_class(x, layer, activations)
+    for implementation in ranked(x.device, *shape, FORCED):
         if implementation.library == "torch":
             yield implementation
             return
-        failed = (implementation, x.device, x.dtype, shape_class(x, layer, activations)) in REJECTED
-        if not failed and is_right(implementation, x.device, x.dtype, layer.act_unsigned):
+        failed = (implementation, x.device, x.dtype, shape) in REJECTED
+        if not failed and is_right(implementation, x.device, x.dtype, layer.act_unsigned, size_class(x.shape[0])):
             yield implementation
 
 
@@ -222,7 +223,7 @@ def reject(key: tuple[Any, ...], reason: str, where: str = "") -> None:
     implementation, device = key[:2]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     logging.warning(
-        "SVDQuant: %s is not used on %s%s (%s). The next best implementation is; the picture is the same.",
+        "SVDQuant: %s is not used on %s%s (%s). The next in order is used.",
         implementation.name, name, where, reason,
     )  # fmt: skip
 
@@ -235,9 +236,14 @@ def describe(error: Exception) -> str:
 # ---- trust -----------------------------------------------------------------------------------------------
 
 
-def is_right(implementation: Implementation, device: torch.device, dtype: torch.dtype, unsigned: bool) -> bool:
-    """Whether it gives plain torch's result on a small random layer; tried once per device and process."""
-    key = (implementation, device, dtype, unsigned)
+CHECKED = {FEW: (3, 384), SOME: (72, 384), 0: (1500, 3072)}  # (M, N) by size class: kernels have tiles for each
+
+
+def is_right(
+    implementation: Implementation, device: torch.device, dtype: torch.dtype, unsigned: bool, size: int
+) -> bool:
+    """Whether it gives plain torch's result on a random layer; tried once per device, size class and process."""
+    key = (implementation, device, dtype, unsigned, size)
     if key in RIGHT:
         return True
     if key in REJECTED or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -250,14 +256,16 @@ def is_right(implementation: Implementation, device: torch.device, dtype: torch.
     return True
 
 
-def check(implementation: Implementation, device: torch.device, dtype: torch.dtype, unsigned: bool) -> str | None:
+def check(
+    implementation: Implementation, device: torch.device, dtype: torch.dtype, unsigned: bool, size: int
+) -> str | None:
     """Why it is not right on this device, in words; None if it is within its tolerance."""
-    fmt, m = FORMATS[implementation.fmt], 72 if implementation.fmt != "awq" else 3
+    fmt, (m, n) = FORMATS[implementation.fmt], CHECKED[size]
     if implementation is FUSED_MLP:
-        first, x = random_layer(fmt, m, 256, 384, device, dtype, rank=24)
-        second, _ = random_layer(fmt, m, 384, 256, device, dtype, rank=40, unsigned=unsigned)
+        first, x = random_layer(fmt, m, 256, n, device, dtype, rank=24)
+        second, _ = random_layer(fmt, m, n, 256, device, dtype, rank=40, unsigned=unsigned)
         return compare(implementation, (x, first, second), torch_mlp(x, first, second))
-    layer, x = random_layer(fmt, m, 256, 384, device, dtype, rank=24, unsigned=unsigned)
+    layer, x = random_layer(fmt, m, 256, n, device, dtype, rank=24, unsigned=unsigned)
     grid = "int8" if implementation.fmt == "int4" and implementation.activations == "8 bit" else None
     return compare(implementation, (x, layer), torch_linear(x, layer, grid))
 
@@ -358,7 +366,8 @@ def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activati
     shapes = shape_class(x, first, activations), shape_class(x, second, activations)
     key = (FUSED_MLP, x.device, x.dtype, shapes)
     ours = all(choice(x, layer, activations).name == "triton-w4a4" for layer in (first, second))
-    if ours and key not in REJECTED and is_right(FUSED_MLP, x.device, x.dtype, second.act_unsigned):
+    size = size_class(x.shape[0])
+    if ours and key not in REJECTED and is_right(FUSED_MLP, x.device, x.dtype, second.act_unsigned, size):
         try:
             return FUSED_MLP.run(x, first, second)
         except torch.OutOfMemoryError:

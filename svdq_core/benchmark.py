@@ -53,11 +53,11 @@ def bench(device: torch.device, tokens: int | None, fmt: str = "int4") -> None:
 def measure(layer: QuantizedLinear, x: Tensor) -> dict[str, float]:
     """Milliseconds of every implementation that can run the layer on x's device and gives the right result."""
     n, k = layer.shape
-    arch, times = backends.device_arch(x.device), {}
+    size, arch, times = backends.size_class(x.shape[0]), backends.device_arch(x.device), {}
     for implementation in IMPLEMENTATIONS.values():
         if implementation.fmt != layer.fmt.name or implementation.why_not(arch) or not implementation.takes(k, n):
             continue
-        if backends.is_right(implementation, x.device, x.dtype, layer.act_unsigned):
+        if backends.is_right(implementation, x.device, x.dtype, layer.act_unsigned, size):
             times[implementation.name] = time_of(implementation, layer, x)
     return {name: ms for name, ms in times.items() if ms is not None}
 

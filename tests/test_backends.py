@@ -306,7 +306,8 @@ def test_w4a8_in_plain_torch(unsigned):
 def test_every_implementation_is_right(name, dtype, kernel_device):
     """The whole linear on the check's own layer, also with unsigned activations: what a GPU will have to pass."""
     for unsigned in {False, name[0] in ("int4", "int8")}:
-        assert backends.check(IMPLEMENTATIONS[name], kernel_device, dtype, unsigned) is None
+        size = backends.FEW if name[0] == "awq" else backends.SOME
+        assert backends.check(IMPLEMENTATIONS[name], kernel_device, dtype, unsigned, size) is None
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
@@ -383,7 +384,7 @@ def two_layers(unsigned=True, rank=40):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_fused_mlp_is_right(dtype, unsigned, kernel_device):
-    assert backends.check(FUSED_MLP, kernel_device, dtype, unsigned) is None
+    assert backends.check(FUSED_MLP, kernel_device, dtype, unsigned, backends.SOME) is None
 
 
 def test_mlp_is_fused_where_both_layers_are_ours(kernel_device, force, monkeypatch, caplog):
