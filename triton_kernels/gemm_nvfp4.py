@@ -141,12 +141,25 @@ def gemm_nvfp4(
     tiles = config(arch(codes.device), m)
     scale_type = torch.float8_e4m3fn if tiles["NATIVE"] else torch.uint8  # Ampere has no e4m3, not even to load
     grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
-    gemm_nvfp4_kernel[grid](
-        codes.view(torch.uint8).contiguous(), scales.contiguous().view(scale_type),
-        weight.view(torch.uint8).contiguous(), weight_scale.contiguous().view(scale_type), weight_scale_2,
-        hidden.contiguous(), proj_up.contiguous(), bias, y, m, n, 2 * half, rank,
-        BLOCK_R=BLOCK_R, GROUP_M=8, **tiles,
-    )  # fmt: skip
+    with torch.cuda.device_of(codes):
+        gemm_nvfp4_kernel[grid](
+            codes.view(torch.uint8).contiguous(),
+            scales.contiguous().view(scale_type),
+            weight.view(torch.uint8).contiguous(),
+            weight_scale.contiguous().view(scale_type),
+            weight_scale_2,
+            hidden.contiguous(),
+            proj_up.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            m,
+            n,
+            2 * half,
+            rank,
+            BLOCK_R=BLOCK_R,
+            GROUP_M=8,
+            **tiles,
+        )
     return y
 
 

@@ -119,11 +119,23 @@ def gemm_w4a16(
         return y
     if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:  # pairs of columns are read as one int32
         x = x.clone(memory_format=torch.contiguous_format)
-    gemm_w4a16_kernel[(m, triton.cdiv(n, CONFIG["BLOCK_N"]))](
-        x, weight.view(torch.uint8).contiguous(), weight_scale.contiguous(), weight_zero.contiguous(), bias,
-        None if hidden is None else hidden.contiguous(), None if proj_up is None else proj_up.contiguous(), y,
-        n, k, 0 if proj_up is None else proj_up.shape[1], x.stride(0), BLOCK_R=32, **CONFIG,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        gemm_w4a16_kernel[(m, triton.cdiv(n, CONFIG["BLOCK_N"]))](
+            x,
+            weight.view(torch.uint8).contiguous(),
+            weight_scale.contiguous(),
+            weight_zero.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None if hidden is None else hidden.contiguous(),
+            None if proj_up is None else proj_up.contiguous(),
+            y,
+            n,
+            k,
+            0 if proj_up is None else proj_up.shape[1],
+            x.stride(0),
+            BLOCK_R=32,
+            **CONFIG,
+        )
     return y
 
 

@@ -143,11 +143,25 @@ def gemm_w4a8(
         return y
     tiles = config(part, m)
     grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
-    gemm_w4a8_kernel[grid](
-        codes.contiguous(), act_scales.contiguous(), weight.view(torch.int8).contiguous(), weight_scale.contiguous(),
-        weight_scale.abs().amax(dim=0), hidden.contiguous(), proj_up.contiguous(), bias, y, m, n, k, rank,
-        BLOCK_R=BLOCK_R, GROUP_M=8, **tiles,
-    )  # fmt: skip
+    with torch.cuda.device_of(codes):
+        gemm_w4a8_kernel[grid](
+            codes.contiguous(),
+            act_scales.contiguous(),
+            weight.view(torch.int8).contiguous(),
+            weight_scale.contiguous(),
+            weight_scale.abs().amax(dim=0),
+            hidden.contiguous(),
+            proj_up.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            m,
+            n,
+            k,
+            rank,
+            BLOCK_R=BLOCK_R,
+            GROUP_M=8,
+            **tiles,
+        )
     return y
 
 

@@ -170,11 +170,26 @@ def gemm_w8a8(
         return y
     tiles = config(part, m, n, codes.dtype != torch.int8)
     grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
-    gemm_w8a8_kernel[grid](
-        codes.contiguous(), act_scales.contiguous(), weight.contiguous(), weight_scale.contiguous(), weight_sum,
-        hidden.contiguous(), proj_up.contiguous(), bias, y, m, n, k, rank,
-        EVEN_K=k % tiles["BLOCK_K"] == 0, BLOCK_R=BLOCK_R, GROUP_M=8, **tiles,
-    )  # fmt: skip
+    with torch.cuda.device_of(codes):
+        gemm_w8a8_kernel[grid](
+            codes.contiguous(),
+            act_scales.contiguous(),
+            weight.contiguous(),
+            weight_scale.contiguous(),
+            None if weight_sum is None else weight_sum.contiguous(),
+            hidden.contiguous(),
+            proj_up.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            m,
+            n,
+            k,
+            rank,
+            EVEN_K=k % tiles["BLOCK_K"] == 0,
+            BLOCK_R=BLOCK_R,
+            GROUP_M=8,
+            **tiles,
+        )
     return y
 
 

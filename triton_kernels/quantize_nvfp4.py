@@ -111,10 +111,11 @@ def quantize_nvfp4(
     if x.stride(1) != 1:
         x = x.contiguous()
     tiles, width = config(arch(x.device)), block_r(rank)
-    quantize_nvfp4_kernel[(triton.cdiv(m, tiles["BLOCK_M"]), max(1, triton.cdiv(rank, width)))](
-        x, smooth_factor.contiguous(), proj_down.contiguous(), codes, scales.view(torch.uint8), hidden,
-        m, k, rank, x.stride(0), SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=width, **tiles,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        quantize_nvfp4_kernel[(triton.cdiv(m, tiles["BLOCK_M"]), max(1, triton.cdiv(rank, width)))](
+            x, smooth_factor.contiguous(), proj_down.contiguous(), codes, scales.view(torch.uint8), hidden,
+            m, k, rank, x.stride(0), SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=width, **tiles,
+        )  # fmt: skip
     return codes, scales, hidden
 
 

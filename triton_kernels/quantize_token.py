@@ -150,10 +150,11 @@ def quantize_token(
     if x.stride(1) != 1:
         x = x.contiguous()
     tiles = config(arch(x.device))
-    quantize_token_kernel[(triton.cdiv(m, tiles["BLOCK_M"]),)](
-        x, smooth_factor.contiguous(), proj_down.contiguous(), *outputs, m, k, rank, x.stride(0),
-        KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=block_r(rank), **tiles,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        quantize_token_kernel[(triton.cdiv(m, tiles["BLOCK_M"]),)](
+            x, smooth_factor.contiguous(), proj_down.contiguous(), *outputs, m, k, rank, x.stride(0),
+            KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=block_r(rank), **tiles,
+        )  # fmt: skip
     return outputs
 
 

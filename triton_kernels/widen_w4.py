@@ -97,9 +97,10 @@ def widen_w4(weight: Tensor, weight_scale: Tensor, kind: str) -> tuple[Tensor, T
         expect_e4m3("widen_w4", "kind", arch(weight.device))
     n, half = weight.shape
     outputs = widen_w4_fake(weight, weight_scale, kind)
-    widen_w4_kernel[(triton.cdiv(n, CONFIG["BLOCK_N"]),)](
-        weight.view(torch.int8).contiguous(), weight_scale.contiguous(), *outputs, n, 2 * half, KIND=kind, **CONFIG
-    )
+    with torch.cuda.device_of(weight):
+        widen_w4_kernel[(triton.cdiv(n, CONFIG["BLOCK_N"]),)](
+            weight.view(torch.int8).contiguous(), weight_scale.contiguous(), *outputs, n, 2 * half, KIND=kind, **CONFIG
+        )
     return outputs
 
 
