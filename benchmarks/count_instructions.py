@@ -36,6 +36,8 @@ loop with most matrix instructions, per thread of one program. "MMA" counts its 
 it are other instructions per MMA, so fewer is leaner. They compare versions of one kernel on one part: an MMA of sm 90
 (`wgmma`, 64 rows of four warps) does more than one of sm 80 (`mma.sync`, 16 × 8 of one warp) or of AMD's.
 
+On AMD a loop may be laid out in pieces: a row with hardly any "scale" shows one of them only.
+
 - convert: integer to float and the like; scale: float arithmetic (scales, quotients, GELU); unpack: bits of nibbles and
   bf16; move: registers; memory: loads and stores; rest: addresses, loop, barriers, waits.
 - regs: registers per thread; shared: bytes of shared memory (LDS) per program. No kernel spills a register
