@@ -352,11 +352,14 @@ def test_op_compiles_without_graph_breaks(fmt, kernel_device, force):
     """As TorchCompileModel would on a GPU: one opaque op in one graph, for any number of tokens."""
     force("triton")
     layer, _ = layer_and_input(fmt)
-    compiled = torch.compile(lambda x: backends.linear(torch.nn.functional.silu(x), layer) * 2, fullgraph=True)
+
+    def around(x):
+        return backends.linear(torch.nn.functional.silu(x), layer) * 2
+
+    compiled = torch.compile(around, fullgraph=True, backend="aot_eager")  # the default one calls a C++ compiler here
     for m in (5, 9):
         x = torch.randn(2, m, 128, generator=torch.Generator().manual_seed(m)).bfloat16()
-        wanted = backends.linear(torch.nn.functional.silu(x), layer) * 2
-        assert error_db(compiled(x), wanted.double()) < -40  # silu is fused, and rounds once where eager rounds twice
+        assert error_db(compiled(x), around(x).double()) < -40  # silu may round once more or less
 
 
 def test_opcheck(kernel_device, force):
