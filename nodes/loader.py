@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..svdq_core import SVDQuantError, describe_file
 from ..svdq_core.host.load import load_svdquant
+from ..svdq_core.implementations import ACTIVATIONS
 from .files import fingerprint, name_error
 from .panels import tell
 
@@ -59,6 +60,14 @@ class SVDQuantLoader(io.ComfyNode):
                     tooltip="What the rest of the model computes in. auto takes what ComfyUI would take for the "
                     "16-bit model on this device.",
                 ),
+                io.Combo.Input(
+                    "activations",
+                    options=list(ACTIVATIONS),
+                    default="auto",
+                    optional=True,
+                    tooltip="What the inputs of an INT4 file's layers are rounded to while it runs. 8 bit is closer to "
+                    "the 16-bit model; auto takes what is best on this device. Files of other formats have one way.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="A normal MODEL: every other node takes it.")],
             hidden=[io.Hidden.unique_id],
@@ -69,15 +78,15 @@ class SVDQuantLoader(io.ComfyNode):
         return name_error(find_model, [unet_name])
 
     @classmethod
-    def fingerprint_inputs(cls, unet_name: str | None, dtype: str) -> str:
+    def fingerprint_inputs(cls, unet_name: str | None, dtype: str, activations: str = "auto") -> str:
         return fingerprint(find_model, [unet_name])
 
     @classmethod
-    def execute(cls, unet_name: str, dtype: str) -> io.NodeOutput:
+    def execute(cls, unet_name: str, dtype: str, activations: str = "auto") -> io.NodeOutput:
         path = find_model(unet_name)
         tell(cls.hidden.unique_id, "file", name=unet_name)  # news to the panel where it comes through a link
         info = describe_file(path)
         if info.kind != "svdquant":
             hint = "" if info.loader_hint == "none" else f" Load it with {info.loader_hint}."
             raise SVDQuantError(f"{unet_name} is {info.text}, not an SVDQuant model.{hint}")
-        return io.NodeOutput(load_svdquant(path, DTYPES[dtype]))
+        return io.NodeOutput(load_svdquant(path, DTYPES[dtype], activations))

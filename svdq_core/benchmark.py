@@ -1,52 +1,83 @@
-"""Time the whole 4-bit linear against torch's 16-bit one, in one run, at FLUX.1's shapes."""
+"""Time the whole quantized linear against torch's 16-bit one, in one run, at FLUX.1's shapes; measure the choice."""
 
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
+from . import backends
 from .formats import get_format
-from .linear import linear_forward
+from .implementations import IMPLEMENTATIONS, Implementation
+from .linear import QuantizedLinear
 
 FLUX_SHAPES = ((3072, 9216), (3072, 3072), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072))  # (K, N)
+MODULATION_SHAPES = ((3072, 18432), (3072, 9216))
+RANK = 32
 
 
-def bench(device: torch.device, tokens: int | None) -> None:
-    """Print milliseconds and ratios per shape. The baseline is ``torch.nn.functional.linear`` in the same run."""
+def rows(gpu: bool, tokens: int | None, fmt: str) -> list[tuple[str, int, int, int]]:
+    """(format, M, K, N) to time: all tokens of a picture; for a GPU's choice also those of the text, and modulation."""
+    many = [(fmt, tokens or (4608 if gpu else 256), k, n) for k, n in FLUX_SHAPES]
+    if not gpu or tokens:
+        return many
+    return [*many, *((fmt, 512, k, n) for k, n in FLUX_SHAPES[:4]), *(("awq", 1, k, n) for k, n in MODULATION_SHAPES)]
+
+
+def bench(device: torch.device, tokens: int | None, fmt: str = "int4") -> None:
+    """Print milliseconds, ratios and the choice per shape. The baseline is ``torch.nn.functional.linear``, in 16 bit.
+
+    On a GPU every implementation is timed, and from then on the fastest of the right ones runs there.
+    """
     gpu = device.type == "cuda"
-    m = tokens or (4608 if gpu else 256)
     dtype = torch.bfloat16 if gpu else torch.float32
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{name}; torch {torch.__version__}; M = {m}; {str(dtype).removeprefix('torch.')}; implementation: plain torch"
-    )
-    print(f"{'K':>6} {'N':>6} {'16 bit':>10} {'4 bit':>10} {'speed-up':>9}")
-    for k, n in FLUX_SHAPES:
-        plain, quantized = linears(m, k, n, dtype, device)
-        a, b = median_ms(plain, gpu), median_ms(quantized, gpu)
-        print(f"{k:6} {n:6} {a:7.2f} ms {b:7.2f} ms {a / b:8.2f}x")
+    print(f"{name}; torch {torch.__version__}; {str(dtype).removeprefix('torch.')}")
+    print(f"{'':5} {'M':>5} {'K':>6} {'N':>6} {'16 bit':>10} {'quantized':>12} {'speed-up':>9}  implementation")
+    for each, m, k, n in rows(gpu, tokens, fmt):
+        layer, x = backends.random_layer(get_format(each), m, k, n, device, dtype, RANK)
+        plain = median_ms(sixteen_bit(layer, x), gpu)
+        times = measure(layer, x) if gpu else {}
+        if times:
+            backends.store_measurements(device, {backends.shape_key(each, backends.size_class(m), k, n): times})
+        ms = median_ms(lambda x=x, layer=layer: backends.linear(x, layer), gpu)  # type: ignore[misc]
+        choice = backends.choice(x, layer).name
+        print(f"{each:5} {m:5} {k:6} {n:6} {plain:7.2f} ms {ms:9.2f} ms {plain / ms:8.2f}x  {choice}", flush=True)
+        for name, ms in sorted(times.items(), key=lambda item: item[1]):
+            print(f"{'':36} {ms:9.2f} ms {plain / ms:8.2f}x  {name} alone")
+    if gpu:
+        print(f"The choice is stored in {backends.measurements_file()}.")
 
 
-def linears(
-    m: int, k: int, n: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
-    """The 16-bit and the 4-bit linear of one shape, on random data."""
-    fmt, rank = get_format("int4"), 32
-    x = torch.randn(m, k, device=device, dtype=dtype)
-    w = torch.randn(n, k, device=device)
-    codes, scales = fmt.round_weight(w, torch.bfloat16)
-    tensors = fmt.pack(codes, scales, torch.bfloat16, fmt.tensor_scale(w))
-    smooth = torch.ones(k, device=device, dtype=torch.bfloat16)
-    down, up = (torch.randn(s, rank, device=device, dtype=torch.bfloat16) / 32 for s in (k, n))
-    w, bias = w.to(dtype), torch.zeros(n, device=device, dtype=dtype)
-    return (
-        lambda: torch.nn.functional.linear(x, w, bias),
-        lambda: linear_forward(x, fmt, tensors, smooth, down, up, bias, False, dtype),
-    )
+def measure(layer: QuantizedLinear, x: Tensor) -> dict[str, float]:
+    """Milliseconds of every implementation that can run the layer on x's device and gives the right result."""
+    n, k = layer.shape
+    size, arch, times = backends.size_class(x.shape[0]), backends.device_arch(x.device), {}
+    for implementation in IMPLEMENTATIONS.values():
+        if implementation.fmt != layer.fmt.name or implementation.why_not(arch) or not implementation.takes(k, n):
+            continue
+        if backends.is_right(implementation, x.device, x.dtype, layer.act_unsigned, size):
+            times[implementation.name] = time_of(implementation, layer, x)
+    return {name: ms for name, ms in times.items() if ms is not None}
 
 
-def median_ms(run: Callable[[], torch.Tensor], gpu: bool, repeats: int = 9) -> float:
+def time_of(implementation: Implementation, layer: QuantizedLinear, x: Tensor) -> float | None:
+    """Milliseconds; None, with the reason on the screen, if it cannot run this shape."""
+    try:
+        return median_ms(lambda: implementation.run(x, layer), x.is_cuda)
+    except Exception as error:
+        print(f"{implementation.name}: {backends.describe(error)}")
+        return None
+
+
+def sixteen_bit(layer: QuantizedLinear, x: Tensor) -> Callable[[], Tensor]:
+    """torch's linear of the same shape in x's dtype."""
+    weight = layer.fmt.unpack(layer.tensors, x.dtype)
+    return lambda: torch.nn.functional.linear(x, weight, layer.bias)
+
+
+def median_ms(run: Callable[[], Tensor], gpu: bool, repeats: int = 9) -> float:
     """Median wall time of a call in milliseconds, after two warm-up calls."""
     times = []
     for i in range(repeats + 2):

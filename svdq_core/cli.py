@@ -52,9 +52,10 @@ def parser() -> argparse.ArgumentParser:
     i.add_argument("file", type=Path)
     i.add_argument("--layers", action="store_true", help="list every quantized layer")
     i.set_defaults(run=run_inspect)
-    b = commands.add_parser("bench", help="time the 4-bit linear against 16 bit on this machine")
+    b = commands.add_parser("bench", help="time the 4-bit linear against 16 bit; on a GPU, choose its kernels by that")
     b.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     b.add_argument("--tokens", type=int, help="M (default: 4608 on a GPU, 256 on a CPU)")
+    b.add_argument("--format", choices=BRANCH_FORMATS, default="int4")
     b.set_defaults(run=run_bench)
     return top
 
@@ -123,5 +124,5 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 def run_bench(arguments: argparse.Namespace) -> None:
     """``svdquant bench``."""
     started = time.monotonic()
-    bench(torch.device(arguments.device), arguments.tokens)
+    bench(torch.device(arguments.device), arguments.tokens, arguments.format)
     print(f"measured in {time.monotonic() - started:.0f} s", file=sys.stderr)

@@ -26,11 +26,13 @@ def linear_forward(
     bias: Tensor | None,
     act_unsigned: bool,
     compute_dtype: torch.dtype,
+    grid: Format | None = None,
 ) -> Tensor:
     """``y = Q(x / λ) Q(R)ᵀ + (x proj_down) proj_upᵀ + b`` (SVDQuant, arXiv 2411.05007, eq. 4 and 5).
 
     ``x (..., K)`` of any float dtype, result ``(..., N)`` in x's dtype. Activations are smoothed and
-    rounded in float32, their scales in x's dtype; the two products run in ``compute_dtype``.
+    rounded in float32, their scales in x's dtype; the two products run in ``compute_dtype``. ``grid`` is the format
+    that activations are rounded as, if it is not the weight's: a 4-bit weight takes INT8's, too (W4A8).
     """
     rows = x.reshape(-1, x.shape[-1])
     weight = fmt.unpack(tensors, compute_dtype)
@@ -39,7 +41,7 @@ def linear_forward(
     else:
         shift = GELU_SHIFT if act_unsigned else 0.0
         smoothed = rows.float().add(shift).div_(smooth_factor.float())  # one float32 copy, rounded in place
-        main = fmt.round_activations(smoothed, x.dtype, act_unsigned).to(compute_dtype)
+        main = (grid or fmt).round_activations(smoothed, x.dtype, act_unsigned).to(compute_dtype)
         del smoothed
     bias = None if bias is None else bias.to(compute_dtype)
     y = torch.nn.functional.linear(main, weight, bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,36 @@ from host.server import ComfyServer
 from sampling import load
 
 DEMO = ROOT / "examples" / "demo"
+
+# Kernels run on the GPU where there is one and in Triton's interpreter elsewhere: to be said before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> Iterator[torch.device]:
+    """Where kernels run in this process: on the GPU, compiled, or on the CPU, interpreted.
+
+    Whoever imports Triton before `conftest.py` spoils the choice, so the test fails then: it does not skip.
+    """
+    if importlib.util.find_spec("triton") is None:
+        if sys.platform == "linux":
+            pytest.fail("Triton is missing, which torch brings on Linux.")
+        pytest.skip("needs Triton, which torch does not bring on this system")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    import triton.language.standard
+    from triton.runtime.interpreter import InterpretedFunction
+
+    import triton_interpreter
+
+    assert isinstance(triton.language.standard.max, InterpretedFunction), "Triton was imported without TRITON_INTERPRET"
+    triton_interpreter.mend()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one program at a time, on small tiles
+    yield torch.device("cpu")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +86,8 @@ def server(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     server = ComfyServer(
         packs=[DEMO / "comfy_nodes", ROOT / "tests" / "host" / "nodes"],
         base=tmp_path_factory.mktemp("server"),
-        env={"OMP_NUM_THREADS": "1"},  # the models are too small to share, and waiting threads starve a busy CPU
+        # the models are too small to share, and waiting threads starve a busy CPU; Triton as users have it
+        env={"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
     )
     for name, folder in (("demo_flux", "diffusion_models"), ("demo_lora", "loras")):
         for model in (DEMO / "models").glob(f"{name}*.safetensors"):

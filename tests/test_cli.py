@@ -80,4 +80,4 @@ def test_refusals_are_one_line_without_traceback(folder):
 def test_bench_prints_ratios():
     done = svdquant("bench", "--tokens", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("x\n") == 6 and "speed-up" in done.stdout
+    assert done.stdout.count("x  torch\n") == 6 and "speed-up" in done.stdout

@@ -29,8 +29,12 @@ def test_what_the_ui_shows(comfyui: ComfyServer):
     assert (info["display_name"], info["category"]) == ("SVDQuant Loader", "SVDQuant")
     assert info["output"] == ["MODEL"] and info["output_name"] == ["model"]
     assert info["description"] and "nunchaku" in info["search_aliases"]
-    widgets = info["input"]["required"]
-    assert list(widgets) == ["unet_name", "dtype"] and all(options["tooltip"] for _, options in widgets.values())
+    widgets = info["input"]["required"] | info["input"]["optional"]
+    assert list(widgets) == ["unet_name", "dtype", "activations"]  # in the order of saved workflows
+    assert all(options["tooltip"] for _, options in widgets.values())
+    assert list(info["input"]["optional"]) == ["activations"], "prompts saved before it was there go on working"
+    assert widgets["activations"][1]["options"] == ["auto", "4 bit", "8 bit"]
+    assert widgets["activations"][1]["default"] == "auto"
     assert widgets["dtype"][1]["options"] == ["auto", "bf16", "fp16"] and widgets["dtype"][1]["default"] == "auto"
     assert "small_int4.safetensors" in widgets["unet_name"][1]["options"]
 
@@ -39,7 +43,7 @@ def test_help_page_is_served(comfyui: ComfyServer):
     with HTTP.open(f"{comfyui.url}/extensions/ComfyUI-SVDQuant/docs/SVDQuantLoader.md") as answer:
         page = answer.read().decode()
     assert page.startswith("# SVDQuant Loader")
-    assert all(f"**{name}**" in page for name in ("unet_name", "dtype", "model"))
+    assert all(f"**{name}**" in page for name in ("unet_name", "dtype", "activations", "model"))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +57,22 @@ def test_samples(comfyui: ComfyServer, fmt: str, dtype: str):
     assert -60 < error_db(found, wanted) < -6
     log = [line for line in comfyui.log().splitlines() if "model weight dtype" in line][-1]
     assert {"auto": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype] in log
+
+
+def with_activations(file: str, activations: str) -> dict:
+    graph = prompt(file)
+    graph["model"]["inputs"]["activations"] = activations
+    return graph
+
+
+def test_activations(comfyui: ComfyServer):
+    """Another way to run an INT4 file; W8A8 and NVFP4 files have one."""
+    for fmt, same in (("int4", False), ("int8", True), ("nvfp4", True)):
+        without = run(comfyui, prompt(f"small_{fmt}.safetensors"))
+        four, eight = (run(comfyui, with_activations(f"small_{fmt}.safetensors", a)) for a in ("4 bit", "8 bit"))
+        assert torch.equal(four, without) and torch.equal(eight, four) == same
+    with pytest.raises(PromptError, match="not in"):
+        comfyui.run(with_activations("small_int4.safetensors", "2 bit"))
 
 
 def test_free_and_reload(comfyui: ComfyServer):

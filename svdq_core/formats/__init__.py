@@ -27,4 +27,4 @@ def by_disk_name(disk_name: str) -> Format | None:
     return next((f for f in FORMATS.values() if f.disk_name == disk_name), None)
 
 
-__all__ = ["BRANCH_FORMATS", "FORMATS", "GELU_SHIFT", "Format", "by_disk_name", "get_format"]
+__all__ = ["AWQ", "BRANCH_FORMATS", "FORMATS", "GELU_SHIFT", "Format", "by_disk_name", "get_format"]

@@ -14,9 +14,10 @@ from comfy_kitchen.tensor import (
 )
 from torch import Tensor
 
+from .. import backends
 from ..errors import SVDQuantError
 from ..formats import FORMATS, GELU_SHIFT
-from ..linear import QuantizedLinear, linear_forward
+from ..linear import QuantizedLinear
 
 LAYOUT = "SVDQuantLayout"
 BRANCH = ("smooth_factor", "proj_down", "proj_up")
@@ -28,6 +29,7 @@ class SVDQuantParams(BaseLayoutParams):
 
     ``orig_dtype`` is the model's compute dtype and ``orig_shape`` is (N, K), or (K, N) once ``transposed``.
     ``scale``, ``scale_2`` and ``zero`` are the file's ``weight_scale``, ``weight_scale_2`` and ``weight_zero``.
+    ``activations`` is what the user asked for and no part of the file.
     """
 
     fmt: str
@@ -38,6 +40,7 @@ class SVDQuantParams(BaseLayoutParams):
     proj_down: Tensor | None = None
     proj_up: Tensor | None = None
     transposed: bool = False
+    activations: str = "auto"
 
     def _tensor_fields(self) -> list[str]:
         optional = ("scale_2", "zero", *BRANCH)
@@ -101,6 +104,11 @@ def as_tensor(layer: QuantizedLinear, dtype: torch.dtype) -> QuantizedTensor:
     return QuantizedTensor(layer.tensors["weight"], LAYOUT, params)
 
 
+def set_activations(weight: QuantizedTensor, activations: str) -> None:
+    """Round the inputs of this weight, and of the copies that ComfyUI will make of it, to so many bits."""
+    weight._params = replace(weight._params, activations=activations)
+
+
 def is_quantized(weight: Any) -> bool:
     """Whether this is a weight of ours (a Parameter that wraps one is, too)."""
     return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
@@ -122,18 +130,8 @@ def linear(x: Any, weight: Any, bias: Tensor | None) -> Tensor:
     """``x (..., K)`` through the quantized ``weight``; computed and returned in x's dtype."""
     if not is_quantized(weight) or weight._params.transposed:
         return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
-    layer = as_linear(weight._qdata, weight._params)
-    return linear_forward(
-        dequantize_args(x),
-        layer.fmt,
-        layer.tensors,
-        layer.smooth_factor,
-        layer.proj_down,
-        layer.proj_up,
-        bias,
-        layer.act_unsigned,
-        x.dtype,
-    )
+    layer = as_linear(weight._qdata, weight._params, bias)
+    return backends.linear(dequantize_args(x), layer, weight._params.activations)
 
 
 def transpose(weight: QuantizedTensor) -> QuantizedTensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..checkpoint import parameters, read_checkpoint
 from ..errors import SVDQuantError
+from .layout import set_activations
+from .mlp import fuse
 from .ops import SVDQuantOps
 from .patcher import adopt
 
@@ -26,10 +28,16 @@ if hasattr(comfy.model_patcher, "LazyCastingParamPiece"):
     comfy.model_patcher.LazyCastingParamPiece.__new__ = lazy_piece
 
 
-def load_svdquant(path: str | os.PathLike[str], dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
+def load_svdquant(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    activations: str = "auto",
+    disable_dynamic: bool = False,
+) -> Any:
     """The ``ModelPatcher`` of an SVDQuant file, computing in ``dtype``.
 
-    None takes the dtype that ComfyUI would choose for the same model in 16 bit.
+    None takes the dtype that ComfyUI would choose for the same model in 16 bit. ``activations`` is one of
+    ``ACTIVATIONS``: what an INT4 file's linears round their inputs to.
     """
     path = str(path)
     state_dict, metadata = read_checkpoint(path)
@@ -54,8 +62,12 @@ def load_svdquant(path: str | os.PathLike[str], dtype: torch.dtype | None = None
         weight_dtype, patcher.load_device, config.supported_inference_dtypes
     )
     patcher.model.manual_cast_dtype = compute_dtype or weight_dtype
-    patcher.cached_patcher_init = (load_svdquant, (path, dtype))
-    return adopt(patcher)
+    patcher.cached_patcher_init = (load_svdquant, (path, dtype, activations))
+    patcher = adopt(patcher)
+    for linear in patcher.model.quantized_linears.values():
+        set_activations(linear.weight, activations)
+    fuse(patcher.model.diffusion_model)
+    return patcher
 
 
 def sixteen_bit_dtype(state_dict: dict[str, Tensor]) -> torch.dtype | None:

@@ -1,0 +1,413 @@
+"""The choice of kernels: the order, what overrides it, and what happens when an implementation is not what it says.
+
+Kernels run in Triton's interpreter where there is no GPU; comfy-kitchen's ops run as its plain torch there.
+"""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_svdquant.svdq_core import backends
+from comfyui_svdquant.svdq_core.formats import FORMATS, get_format
+from comfyui_svdquant.svdq_core.implementations import FUSED_MLP, IMPLEMENTATIONS, torch_linear, torch_mlp
+from comfyui_svdquant.svdq_core.linear import linear_forward
+
+from sampling import error_db
+
+CPU = torch.device("cpu")
+ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx1100", "gfx1201")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """No measurements, and no memory of what ran before or after."""
+    monkeypatch.setenv("LOCALAPPDATA" if backends.os.name == "nt" else "XDG_CACHE_HOME", str(tmp_path))
+    backends.forget()
+    yield
+    backends.forget()
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """What SVDQUANT_BACKEND does at start."""
+    return lambda name: monkeypatch.setattr(backends, "FORCED", name)
+
+
+def layer_and_input(fmt="int4", m=37, k=128, n=128, dtype=torch.bfloat16, unsigned=False, rank=24):
+    return backends.random_layer(get_format(fmt), m, k, n, CPU, dtype, rank, unsigned)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The CPU passes for an sm90 where the choice is made; there is no comfy-kitchen for it."""
+    monkeypatch.setattr(backends, "device_arch", lambda device: "sm90")
+
+
+def names(fmt="int4", activations="auto", size=0, k=3072, n=9216, forced="") -> list[str]:
+    return [i.name for i in backends.ranked(CPU, fmt, activations, size, k, n, forced)]
+
+
+# ---- the order -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("size", [backends.FEW, backends.SOME, 0])
+def test_shipped_order(arch, fmt, size):
+    """Only implementations that exist, none twice, plain torch among them: it is what always works."""
+    order = backends.shipped_order(arch, fmt, size)
+    assert len(set(order)) == len(order) and "torch" in order
+    assert all((fmt, name) in IMPLEMENTATIONS for name in order)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "first"),
+    [
+        ("sm80", 0, "triton-widened-int8"),
+        ("sm86", 0, "kitchen-w4a4"),  # INT4 tensor cores
+        ("sm89", 512, "kitchen-w4a4"),
+        ("sm90", 0, "triton-widened-int8"),
+        ("sm90", 512, "triton-w4a8-int8"),
+        ("sm100", 0, "triton-widened-fp8"),
+        ("sm120", 0, "triton-widened-int8"),
+        ("gfx942", 0, "triton-widened-int8"),
+        ("sm130", 0, "triton-widened-int8"),  # of tomorrow
+    ],
+)
+def test_first_of_the_shipped_order(arch, size, first):
+    assert backends.shipped_order(arch, "int4", size)[0] == first
+
+
+def test_size_classes():
+    assert [backends.size_class(m) for m in (1, 16, 17, 512, 513, 4608)] == [16, 16, 512, 512, 0, 0]
+
+
+def test_activations_narrow_the_order(hopper):
+    assert names(activations="4 bit") == ["triton-w4a4", "torch"]
+    assert names(activations="8 bit")[-1] == "torch-w4a8" and "triton-w4a4" not in names(activations="8 bit")
+    assert names("int8", "4 bit") == names("int8", "8 bit") == ["triton-w8a8", "torch"]
+
+
+def test_cpu_and_forced(kernel_device):
+    assert names() == names(forced="torch") == ["torch"]
+    assert names(activations="8 bit", forced="torch") == ["torch-w4a8"]
+    assert names(forced="triton-w4a8") == ["triton-w4a8-int8", "triton-w4a8-fp8", "torch"]
+    assert names(activations="4 bit", forced="triton-widened-fp8") == ["triton-widened-fp8", "torch"]  # it has the say
+    assert names("awq", forced="triton-w4a4", size=16) == ["torch"]
+    assert names(forced="nonsense") == ["torch"]
+
+
+def test_what_cannot_run_is_left_out(monkeypatch):
+    monkeypatch.setattr(backends, "device_arch", lambda device: "sm86")
+    assert names()[0] == "triton-widened-int8", "without comfy-kitchen's compiled kernels"
+    assert not [name for name in names() if "fp8" in name]
+    monkeypatch.setattr(backends, "device_arch", lambda device: "sm89")
+    backends.forget()
+    assert [name for name in names() if "fp8" in name]
+    from comfyui_svdquant import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "why_not", lambda: "Triton is not installed")
+    backends.forget()
+    assert names() == ["torch"]
+
+
+# ---- measured --------------------------------------------------------------------------------------------
+
+
+def test_measured_times_decide(hopper):
+    times = {"triton-w4a4": 2.0, "triton-widened-fp8": 1.0, "torch": 4.0, "triton-w4a8-int8": 5.0}
+    path = backends.store_measurements(CPU, {backends.shape_key("int4", 0, 3072, 9216): times})
+    assert names() == [
+        "triton-widened-fp8",
+        "triton-w4a4",
+        "torch",
+    ]  # what is slower than torch, or unknown, is not tried
+    assert names(activations="8 bit")[0] == "triton-widened-fp8"
+    assert names(size=512) == [n for n in backends.shipped_order("sm90", "int4", 512) if n[0] != "k"][:6]  # unmeasured
+    assert names("int8") == ["triton-w8a8", "torch"]
+    backends.store_measurements(CPU, {backends.shape_key("int4", 0, 12288, 3072): {"triton-w4a4": 1.0, "torch": 2.0}})
+    assert len(json.loads(path.read_text())[backends.device_key(CPU)]) == 2
+    assert names(k=10240, n=2560) == ["triton-w4a4", "torch"]  # the nearest shape
+    assert names(k=3072, n=12288)[0] == "triton-widened-fp8"
+
+
+def test_measured_elsewhere_does_not_count(hopper, monkeypatch):
+    key = backends.shape_key("int4", 0, 3072, 9216)
+    backends.store_measurements(CPU, {key: {"triton-w4a4": 1.0, "torch": 2.0}})
+    assert names() == ["triton-w4a4", "torch"]
+    for name, value in (("device_arch", lambda device: "sm89"), ("TOOL", "another version")):
+        with monkeypatch.context() as other:
+            other.setattr(backends, name, value)
+            backends.device_key.cache_clear()
+            backends.forget()
+            assert names()[0] != "triton-w4a4"
+    backends.device_key.cache_clear()
+
+
+def test_measuring(hopper, kernel_device, monkeypatch):
+    """What `svdquant bench` does on a GPU: all that is right is timed, and then the choice goes by that."""
+    from comfyui_svdquant.svdq_core import benchmark
+
+    layer, x = layer_and_input(m=16, k=64, n=64)
+    wrong = replace(IMPLEMENTATIONS["int4", "triton-w4a4"], run=no_branch)
+    monkeypatch.setitem(IMPLEMENTATIONS, ("int4", "triton-w4a4"), wrong)
+    times = benchmark.measure(layer, x)
+    assert {"torch", "torch-w4a8", "triton-widened-int8"} <= times.keys() and "triton-w4a4" not in times
+    assert all(ms > 0 for ms in times.values())
+    backends.store_measurements(CPU, {backends.shape_key("int4", 16, 64, 64): times})
+    fastest = min(times, key=times.get)
+    assert backends.choice(x, layer).name == fastest == names(size=16, k=64, n=64)[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"a": 1}', b'{"a": {"b": {"c": "fast"}}}'])
+def test_damaged_measurements(content, hopper, caplog):
+    path = backends.measurements_file()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    shipped = names()
+    assert len(shipped) > 4 and "cannot be read" in caplog.text and str(path) in caplog.text
+    backends.store_measurements(CPU, {backends.shape_key("int4", 0, 3072, 9216): {"triton-w4a4": 1.0, "torch": 2.0}})
+    assert names() == ["triton-w4a4", "torch"] and path.read_bytes() != content
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# ---- trust -----------------------------------------------------------------------------------------------
+
+
+def swapped_nibbles(x, layer):
+    """A real mistake: the packing of another format."""
+    weight = layer.tensors["weight"].view(torch.uint8)
+    swapped = (weight >> 4 | weight << 4).view(torch.int8)
+    return torch_linear(x, replace(layer, tensors=layer.tensors | {"weight": swapped}))
+
+
+def no_branch(x, layer):
+    return torch_linear(x, replace(layer, proj_down=None, proj_up=None))
+
+
+def not_a_number(x, layer):
+    return torch_linear(x, layer) * float("nan")
+
+
+def other_shape(x, layer):
+    return torch_linear(x, layer)[:-1]
+
+
+def fails(x, layer):
+    raise RuntimeError("no kernel image is available for execution on the device\nmore lines")
+
+
+MISTAKES = {
+    swapped_nibbles: "dB off plain torch's",
+    no_branch: "dB off plain torch's",
+    not_a_number: "nan dB off",
+    other_shape: "a result of shape",
+    fails: "RuntimeError: no kernel image is available for execution on the device)",
+}
+
+
+def replace_triton(monkeypatch, run) -> None:
+    """Register ``run`` as the first implementation, in the place of the real ones."""
+    for name in ("triton-widened-int8", "triton-w4a8-int8"):
+        implementation = replace(IMPLEMENTATIONS["int4", name], run=run, activations="4 bit")
+        monkeypatch.setitem(IMPLEMENTATIONS, ("int4", name), implementation)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_implementation_is_not_used(mistake, monkeypatch, force, caplog):
+    force("triton-widened-int8")
+    replace_triton(monkeypatch, mistake)
+    layer, x = layer_and_input(m=600)
+    for _ in range(3):
+        assert torch.equal(backends.linear(x, layer), torch_linear(x, layer))
+    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "triton-widened-int8 is not used on cpu" in message and MISTAKES[mistake] in message
+
+
+def test_next_in_order_is_used(monkeypatch, force, caplog):
+    force("triton")
+    replace_triton(monkeypatch, fails)
+    monkeypatch.setattr(backends, "shipped_order", lambda *_: ["triton-w4a8-int8", "triton-widened-fp8", "torch"])
+    used = []
+    second = IMPLEMENTATIONS["int4", "triton-widened-fp8"]
+
+    def right(x, layer):
+        used.append(x.shape)
+        return torch_linear(x, layer)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, ("int4", second.name), replace(second, run=right, activations="4 bit"))
+    layer, x = layer_and_input()
+    assert torch.equal(backends.linear(x, layer), torch_linear(x, layer))
+    assert len(used) == 2 and used[-1] == x.shape  # its check, and x
+    backends.linear(x, layer)
+    assert len(used) == 3, "checked once"
+
+
+def test_failure_for_one_shape(monkeypatch, force, caplog):
+    """Right on the small layer, but not able to run this one: the others go on using it."""
+    force("triton-w4a8-int8")
+    calls = []
+
+    def some(x, layer):
+        calls.append(layer.shape)
+        if layer.shape == (192, 128):
+            raise RuntimeError("out of resource: shared memory")
+        return torch_linear(x, layer)
+
+    replace_triton(monkeypatch, some)
+    for n, tried in ((192, 1), (192, 0), (128, 1)):
+        layer, x = layer_and_input(n=n)
+        before = calls.count((n, 128))
+        assert torch.equal(backends.linear(x, layer), torch_linear(x, layer))
+        assert calls.count((n, 128)) - before == tried
+    assert caplog.text.count("is not used on cpu for 128 inputs and 192 outputs (RuntimeError: out of resource") == 1
+
+
+def test_out_of_memory_is_comfyuis_business(monkeypatch, force):
+    force("triton-w4a8-int8")
+
+    def hungry(x, layer):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    replace_triton(monkeypatch, hungry)
+    layer, x = layer_and_input()
+    with pytest.raises(torch.OutOfMemoryError):
+        backends.linear(x, layer)
+    assert not backends.REJECTED
+
+
+# ---- the linear ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_cpu_is_plain_torch(fmt, dtype):
+    layer, x = layer_and_input(fmt)
+    x = x.to(dtype)
+    parts = (layer.smooth_factor, layer.proj_down, layer.proj_up, layer.bias, False, dtype)
+    assert torch.equal(backends.linear(x, layer), linear_forward(x, layer.fmt, layer.tensors, *parts))
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_w4a8_in_plain_torch(unsigned):
+    """Closer to the same layer with unrounded activations; what is left is 8-bit rounding."""
+    layer, x = layer_and_input(dtype=torch.float32, unsigned=unsigned, m=256)
+    shift = 0.171875 if unsigned else 0.0
+    weight = layer.fmt.unpack(layer.tensors, torch.float32)
+    exact = ((x + shift) / layer.smooth_factor) @ weight.t() + x @ layer.proj_down @ layer.proj_up.t() + layer.bias
+    four, eight = (error_db(backends.linear(x, layer, a), exact) for a in ("4 bit", "8 bit"))
+    assert eight < four - 15 and eight < -35
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [key for key in IMPLEMENTATIONS if "torch" not in key[1]], ids="-".join)
+def test_every_implementation_is_right(name, dtype, kernel_device):
+    """The whole linear on the check's own layer, also with unsigned activations: what a GPU will have to pass."""
+    for unsigned in {False, name[0] in ("int4", "int8")}:
+        size = backends.FEW if name[0] == "awq" else backends.SOME
+        assert backends.check(IMPLEMENTATIONS[name], kernel_device, dtype, unsigned, size) is None
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("name", ["triton-w4a4", "triton-widened-int8"])
+def test_ragged_batches_and_other_dtypes(name, dtypes, kernel_device):
+    """x (2, 19, K) not contiguous, in another dtype than the file's; a wide branch as LoRAs make it; no bias."""
+    layer, _ = layer_and_input(dtype=dtypes[1], k=192, n=136, rank=75)
+    layer.bias = None
+    implementation = IMPLEMENTATIONS["int4", name]
+    x = torch.randn(192, 2, 19, generator=torch.Generator().manual_seed(1)).to(dtypes[0]).permute(1, 2, 0)
+    found = implementation.run(x.reshape(-1, 192), layer)
+    wanted = torch_linear(x.reshape(-1, 192), layer, "int8" if "int8" in name else None)
+    assert found.dtype == dtypes[0] and error_db(found, wanted.double()) < implementation.tolerance_db
+
+
+def test_through_the_op(kernel_device, force):
+    """SVDQUANT_BACKEND=triton on a CPU: the same op, choice and check as on a GPU, with an empty input, too."""
+    force("triton-w4a4")
+    layer, x = layer_and_input()
+    wanted = IMPLEMENTATIONS["int4", "triton-w4a4"].run(x, layer)
+    found = backends.linear(x[None], layer)
+    assert torch.equal(found, wanted[None]) and not backends.REJECTED
+    assert not torch.equal(found, torch_linear(x, layer)[None]), "this was plain torch"
+    assert backends.linear(x[:0], layer).shape == (0, 128)
+    assert torch.equal(backends.linear(x.float(), layer), torch_linear(x.float(), layer))
+
+
+def test_gradients(kernel_device, force):
+    """Through the quantized tensor, as any linear of the model: the input's gradient is the effective weight's."""
+    from comfyui_svdquant.svdq_core.host.layout import as_tensor
+
+    force("triton-w4a4")
+    layer, x = layer_and_input()
+    weight = as_tensor(layer, torch.bfloat16)
+    x.requires_grad_()
+    torch.nn.functional.linear(x, weight, layer.bias).sum().backward()
+    assert error_db(x.grad, weight.dequantize().double().sum(dim=0).expand(37, -1)) < -40
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_op_compiles_without_graph_breaks(fmt, kernel_device, force):
+    """As TorchCompileModel would on a GPU: one opaque op in one graph, for any number of tokens."""
+    force("triton")
+    layer, _ = layer_and_input(fmt)
+
+    def around(x):
+        return backends.linear(torch.nn.functional.silu(x), layer) * 2
+
+    compiled = torch.compile(around, fullgraph=True, backend="aot_eager")  # the default one calls a C++ compiler here
+    for m in (5, 9):
+        x = torch.randn(2, m, 128, generator=torch.Generator().manual_seed(m)).bfloat16()
+        assert error_db(compiled(x), around(x).double()) < -40  # silu may round once more or less
+
+
+def test_opcheck(kernel_device, force):
+    """torch's own checks of schema, fake implementation and tracing."""
+    force("triton-w4a4")
+    layer, x = layer_and_input(m=16, k=64, n=64)
+    t = layer.tensors
+    arguments = (x, t["weight"], t["weight_scale"], None, None, layer.smooth_factor, layer.proj_down, layer.proj_up)
+    torch.library.opcheck(
+        backends.opaque_linear,
+        (*arguments, layer.bias, "int4", False, "auto"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+# ---- the MLP ---------------------------------------------------------------------------------------------
+
+
+def two_layers(unsigned=True, rank=40):
+    first, x = layer_and_input(m=37, k=128, n=192)
+    second, _ = layer_and_input(k=192, n=128, unsigned=unsigned, rank=rank)
+    return x, first, second
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_fused_mlp_is_right(dtype, unsigned, kernel_device):
+    assert backends.check(FUSED_MLP, kernel_device, dtype, unsigned, backends.SOME) is None
+
+
+def test_mlp_is_fused_where_both_layers_are_ours(kernel_device, force, monkeypatch, caplog):
+    force("triton-w4a4")
+    x, first, second = two_layers()
+    fused = backends.mlp(x[None], first, second, "auto")[0]
+    assert torch.equal(fused, FUSED_MLP.run(x, first, second)) and not caplog.records
+    after_another = backends.linear(torch.nn.functional.gelu(backends.linear(x, first), approximate="tanh"), second)
+    assert error_db(fused, after_another.double()) < FUSED_MLP.tolerance_db
+    force("torch")
+    assert torch.equal(backends.mlp(x, first, second, "auto"), torch_mlp(x, first, second))
+    assert backends.mlp(x[:0], first, second, "auto").shape == (0, 128)
+
+
+def test_wrong_fused_mlp_is_not_used(kernel_device, force, monkeypatch, caplog):
+    force("triton-w4a4")
+    wrong = replace(FUSED_MLP, run=lambda x, first, second: torch_linear(torch_linear(x, first), second))  # no GELU
+    monkeypatch.setattr(backends, "FUSED_MLP", wrong)
+    x, first, second = two_layers()
+    hidden = torch.nn.functional.gelu(backends.linear(x, first), approximate="tanh")
+    for _ in range(2):
+        assert torch.equal(backends.mlp(x, first, second, "auto"), backends.linear(hidden, second))
+    assert caplog.text.count("triton-w4a4-mlp is not used on cpu (its result is") == 1

@@ -1,0 +1,45 @@
+"""The benchmarks of whole linears and whole models run, at a small size: what they need a GPU for is the figures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from host.install import ROOT
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_linear(tmp_path: Path):
+    done = run("benchmark_linear.py", "--small", "--json", str(tmp_path / "results" / "linear.json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "results" / "linear.json").read_text())
+    assert "torch" in result["device"] and result["command"].startswith("benchmarks/benchmark_linear.py --small")
+    assert {"bfloat16", "int8"} <= result["ceilings_tops"].keys()
+    for shape in result["shapes"]:
+        assert {"bf16", "auto", "rank 0", "unfused", "torch", "comfy-kitchen INT8"} <= shape["ms"].keys()
+        assert shape["auto"] == "torch" and all(ms > 0 for ms in shape["ms"].values())
+    assert result["auto_is_faster_than"]["bf16"] > 0
+
+
+def test_model(comfy_path: Path, tmp_path: Path):
+    arguments = ("--small", "--steps", "1", "--loras", "0", "1", "--json", str(tmp_path / "model.json"))
+    done = run("benchmark_model.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "model.json").read_text())["rows"]
+    names = ["bf16", *(f"int4, activations {a}" for a in ("auto", "4 bit", "8 bit"))]
+    assert [(row["model"], row["loras"]) for row in rows] == [(name, loras) for name in names for loras in (0, 1)]
+    assert rows[0]["weights_gib"] > 1.5 * rows[2]["weights_gib"]
+
+
+@pytest.mark.parametrize("script", ["benchmark_linear.py", "benchmark_model.py"])
+def test_no_figures_without_a_gpu(script: str):
+    done = run(script)
+    assert done.returncode == 2 and "there is no GPU; --small tries the script on the CPU" in done.stderr

@@ -1,0 +1,193 @@
+"""8-bit activations against INT4 weights widened inside the GEMM, with the branch and the bias in its epilogue.
+
+    row_scale = max over the groups of weight_scale / 16 (int8) or / 32 (fp8)
+    w8        = round(code · weight_scale / row_scale)                      -128...127, or e4m3; half to even
+    y         = act_scales ⊗ row_scale ∘ (codes w8ᵀ) + hidden proj_upᵀ + bias
+
+``codes (M, K)`` int8 or float8_e4m3fn and ``act_scales (M,)`` float32 from ``quantize_token`` (kinds ``int8`` and
+``fp8``), ``weight (N, K/2)`` int8 or uint8 nibbles, low nibble = even column, ``weight_scale (K/64, N)``; ``hidden (M,
+R)`` and ``proj_up (N, R)`` bf16 or fp16, R >= 0; ``bias (N,)`` or None. Returns ``y (M, N)`` in the dtype of
+``hidden``. fp8 needs sm 89 or later, gfx950 or gfx12.
+
+Needs no scratch, where ``widen_w4`` needs N K bytes, but widens each weight again for every BLOCK_M tokens, which
+takes about as long as the products (instructions counted in docs/kernels_w8.md): for small M or little memory. The
+product is computed as ``w8 codesᵀ``: Hopper's tensor cores take the widened side from registers only on the left.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import FLOATS, arch, expect
+from .gemm_w8a8 import tile_of
+from .rounding import MAGIC, expect_e4m3, has_e4m3
+
+FLOAT16S = (torch.bfloat16, torch.float16)
+BLOCK_R = 32
+
+
+def config(part: str, m: int) -> dict[str, int]:
+    """Tiles by registers and instructions of the compiled code, not measured."""
+    if part == "cpu":
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
+    if m <= 32:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4}
+    if part == "sm90":
+        return {"BLOCK_M": 256, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    if part.startswith(("gfx", "sm10")):
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    # mma.sync: the warps that share rows of the tile each widen them, so few warps
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4}
+
+
+@triton.jit
+def widen(nibble, ratio, FP8: tl.constexpr):
+    """``code · ratio`` in 8 bit, of a nibble whose sign bit is flipped (code + 8, in an int32)."""
+    code = (nibble | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # no conversion: 2**23 + 8 + code
+    if FP8:
+        return (code * ratio).to(tl.float8e4nv)
+    else:
+        return tl.fma(code, ratio, MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_w4a8_kernel(
+    codes, act_scales, weight, weight_scale, largest, hidden, proj_up, bias, y, M, N, K, R,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # rows and columns outside repeat the last one: loads need no mask, the store drops them
+    column = tl.minimum(cols, N - 1)
+    left = weight + column.to(tl.int64)[:, None] * (K // 2) + tl.arange(0, 32)[None, :]
+    right = codes + tl.minimum(rows, M - 1).to(tl.int64)[None, :] * K + tl.arange(0, 64)[:, None]
+    scale = weight_scale + column
+    FP8: tl.constexpr = codes.dtype.element_ty != tl.int8
+    STEPS: tl.constexpr = 32.0 if FP8 else 16.0
+    top = tl.load(largest + column).to(tl.float32)
+    by_col = tl.where(top == 0.0, 1.0, top) / STEPS
+    inverse = 1.0 / by_col
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if FP8 else tl.int32)
+    for _ in range(0, K // 64):
+        packed = (tl.load(left).to(tl.int32) & 0xFF) ^ 0x88
+        ratio = (tl.load(scale).to(tl.float32) * inverse)[:, None]
+        w8 = tl.join(widen(packed & 15, ratio, FP8), widen(packed >> 4, ratio, FP8)).reshape(BLOCK_N, 64)
+        if FP8:
+            acc = tl.dot(w8, tl.load(right), acc, max_num_imprecise_acc=64)  # see gemm_w8a8
+        else:
+            acc = tl.dot(w8, tl.load(right), acc, out_dtype=tl.int32)
+        left += 32
+        scale += N
+        right += 64
+
+    by_row = tl.load(act_scales + rows, rows < M, 0.0)
+    out = acc.to(tl.float32) * by_col[:, None] * by_row[None, :]
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        rs = r + tl.arange(0, BLOCK_R)
+        up = tl.load(
+            proj_up + cols.to(tl.int64)[:, None] * R + rs[None, :], (cols < N)[:, None] & (rs < R)[None, :], 0.0
+        )
+        part = tl.load(
+            hidden + rows.to(tl.int64)[None, :] * R + rs[:, None], (rows < M)[None, :] & (rs < R)[:, None], 0.0
+        )
+        out = tl.dot(up.to(part.dtype), part, out)
+    if bias is not None:
+        out += tl.load(bias + cols, cols < N, 0.0).to(tl.float32)[:, None]
+    pointers = y + rows.to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(pointers, out.to(y.dtype.element_ty).T, (rows < M)[:, None] & (cols < N)[None, :])
+
+
+def check(
+    codes: Tensor,
+    act_scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    hidden: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+) -> None:
+    op, device = "gemm_w4a8", codes.device
+    if codes.dim() != 2 or codes.shape[1] % 64:
+        raise ValueError(f"{op}: codes has shape {tuple(codes.shape)}, expected (M, K) with K a multiple of 64.")
+    (m, k), n, rank = codes.shape, weight.shape[0], proj_up.shape[-1]
+    expect(op, "codes", codes, (m, k), (torch.int8, torch.float8_e4m3fn), device)
+    expect(op, "act_scales", act_scales, (m,), (torch.float32,), device)
+    expect(op, "weight", weight, (n, k // 2), (torch.int8, torch.uint8), device)
+    expect(op, "weight_scale", weight_scale, (k // 64, n), FLOATS, device)
+    expect(op, "hidden", hidden, (m, rank), FLOAT16S, device)
+    expect(op, "proj_up", proj_up, (n, rank), FLOAT16S, device)
+    if bias is not None:
+        expect(op, "bias", bias, (n,), FLOATS, device)
+
+
+@torch.library.custom_op("svdquant::gemm_w4a8", mutates_args=())
+def gemm_w4a8(
+    codes: Tensor,
+    act_scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    hidden: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """``y (M, N)``: see the formulas above."""
+    check(codes, act_scales, weight, weight_scale, hidden, proj_up, bias)
+    part = arch(codes.device)
+    if codes.dtype == torch.float8_e4m3fn:
+        expect_e4m3("gemm_w4a8", "codes", part)
+    (m, k), n, rank = codes.shape, weight.shape[0], proj_up.shape[1]
+    y = hidden.new_empty((m, n))
+    if m == 0:
+        return y
+    tiles = config(part, m)
+    grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
+    with torch.cuda.device_of(codes):
+        gemm_w4a8_kernel[grid](
+            codes.contiguous(),
+            act_scales.contiguous(),
+            weight.view(torch.int8).contiguous(),
+            weight_scale.contiguous(),
+            weight_scale.abs().amax(dim=0),
+            hidden.contiguous(),
+            proj_up.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            m,
+            n,
+            k,
+            rank,
+            BLOCK_R=BLOCK_R,
+            GROUP_M=8,
+            **tiles,
+        )
+    return y
+
+
+@gemm_w4a8.register_fake
+def gemm_w4a8_fake(
+    codes: Tensor,
+    act_scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    hidden: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    check(codes, act_scales, weight, weight_scale, hidden, proj_up, bias)
+    return hidden.new_empty((codes.shape[0], weight.shape[0]))
+
+
+def compile_cases(arch: str) -> dict[str, tuple]:
+    """What `tests/test_compile_matrix.py` compiles: kernel, argument types, constants, options."""
+    types = {name: "*bf16" for name in ("weight_scale", "largest", "hidden", "proj_up", "bias", "y")}
+    types |= {"weight": "*i8", "act_scales": "*fp32", "M": "i32", "N": "i32:16", "K": "i32:16", "R": "i32:16"}
+    constants = {"BLOCK_R": BLOCK_R, "GROUP_M": 8}
+    cases = {
+        "int8": (gemm_w4a8_kernel, types | {"codes": "*i8"}, constants, config(arch, 4608)),
+        "int8 small": (gemm_w4a8_kernel, types | {"codes": "*i8"}, constants, config(arch, 1)),
+    }
+    if has_e4m3(arch):
+        cases["fp8"] = (gemm_w4a8_kernel, types | {"codes": "*fp8e4nv"}, constants, config(arch, 4608))
+    return cases

@@ -1,0 +1,226 @@
+"""8-bit GEMM, one scale per token and per output channel, with the branch and the bias in its epilogue.
+
+    y = act_scales ⊗ weight_scale ∘ (codes weightᵀ [+ 128 weight_sum]) + hidden proj_upᵀ + bias
+
+``codes (M, K)`` and ``weight (N, K)`` both int8 or both float8_e4m3fn, ``act_scales (M,)`` float32, ``weight_scale
+(N,)`` float; ``hidden (M, R)`` and ``proj_up (N, R)`` bf16 or fp16, R >= 0; ``bias (N,)`` or None. ``weight_sum (N,)``
+int32, the sums over k of ``weight``, where the codes are ``quantize_token``'s ``uint8`` (stored minus 128). Returns
+``y (M, N)`` in the dtype of ``hidden``.
+
+int8 products accumulate exactly in int32. e4m3 products accumulate in float32; Hopper's tensor cores keep about 14
+bits of an fp8 sum, so every BLOCK_K columns are added outside of them (``max_num_imprecise_acc``). The main loop
+scales nothing: it runs the weights of an INT8 file, and INT4 weights after ``widen_w4``, at the full 8-bit rate.
+fp8 needs sm 89 or later, gfx950 or gfx12.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import FLOATS, arch, expect
+from .rounding import expect_e4m3, has_e4m3
+
+FLOAT16S = (torch.bfloat16, torch.float16)
+BLOCK_R = 32
+# By shared memory, registers and instructions per MMA of the compiled code (docs/kernels_w8.md), not measured. 128 x
+# 256 is the largest tile whose sums fit the registers; Hopper's fp8 keeps them twice (inside and outside of the tensor
+# cores), so half of it there. int8 on sm 100 compiles to mma.sync, far below tcgen05's rate: prefer fp8 there.
+SMALL = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+AMPERE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+RDNA = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+CONFIGS = {
+    "sm80": AMPERE | {"num_stages": 4},
+    "sm86": AMPERE,
+    "sm89": AMPERE,
+    "sm90": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4},
+    "sm90 fp8": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4},
+    "sm100": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
+    "sm120": AMPERE,
+    "gfx942": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+    "gfx1100": RDNA,
+    "gfx1201": RDNA,
+    "cpu": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1},
+}
+NEAREST = {"sm87": "sm86", "sm103": "sm100", "sm121": "sm120", "gfx950": "gfx942", "gfx1200": "gfx1201"}
+WAVE = 96  # tiles below which a large part is not filled
+
+
+def config(part: str, m: int, n: int, fp8: bool) -> dict[str, int]:
+    """Tiles for a part, a shape and the kind of codes."""
+    if part != "cpu" and m <= 32:
+        return SMALL
+    part = NEAREST.get(part, part)
+    tiles = CONFIGS.get(part, AMPERE if part.startswith("sm") else RDNA)
+    if fp8:
+        tiles = CONFIGS.get(f"{part} fp8", tiles)
+    few = triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) < WAVE
+    return tiles | {"BLOCK_N": tiles["BLOCK_N"] // 2} if few else tiles
+
+
+@triton.jit
+def tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """This program's tile: down GROUP_M row blocks, then one column block on, so that both operands stay in L2."""
+    program, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    band = program // (GROUP_M * tiles_n)
+    height = min(tiles_m - band * GROUP_M, GROUP_M)
+    inside = program - band * GROUP_M * tiles_n
+    return band * GROUP_M + inside % height, inside // height
+
+
+@triton.jit
+def add_branch(out, hidden, proj_up, rows, M, cols, N, R, BLOCK_R: tl.constexpr):
+    """``out + hidden proj_upᵀ`` for one tile, float32."""
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        rs = r + tl.arange(0, BLOCK_R)
+        inside = (rs < R)[None, :]
+        left = tl.load(hidden + rows.to(tl.int64)[:, None] * R + rs[None, :], (rows < M)[:, None] & inside, 0.0)
+        right = tl.load(proj_up + cols.to(tl.int64)[:, None] * R + rs[None, :], (cols < N)[:, None] & inside, 0.0)
+        out = tl.dot(left, right.to(left.dtype).T, out)
+    return out
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_w8a8_kernel(
+    codes, act_scales, weight, weight_scale, weight_sum, hidden, proj_up, bias, y, M, N, K, R,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    # rows and columns outside repeat the last one: loads need no mask, the store drops them
+    left = codes + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * K + ks[None, :]
+    right = weight + tl.minimum(cols, N - 1).to(tl.int64)[:, None] * K + ks[None, :]
+    FP8: tl.constexpr = codes.dtype.element_ty != tl.int8
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if FP8 else tl.int32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a, b = tl.load(left), tl.load(right)
+        else:
+            inside = (ks < K - k)[None, :]
+            a, b = tl.load(left, inside, 0.0), tl.load(right, inside, 0.0)
+        if FP8:
+            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        left += BLOCK_K
+        right += BLOCK_K
+
+    if weight_sum is not None:
+        acc += 128 * tl.load(weight_sum + cols, cols < N, 0)[None, :]
+    by_row = tl.load(act_scales + rows, rows < M, 0.0)
+    by_col = tl.load(weight_scale + cols, cols < N, 0.0).to(tl.float32)
+    out = acc.to(tl.float32) * by_col[None, :] * by_row[:, None]
+    out = add_branch(out, hidden, proj_up, rows, M, cols, N, R, BLOCK_R)
+    if bias is not None:
+        out += tl.load(bias + cols, cols < N, 0.0).to(tl.float32)[None, :]
+    pointers = y + rows.to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(pointers, out.to(y.dtype.element_ty), (rows < M)[:, None] & (cols < N)[None, :])
+
+
+def check(
+    codes: Tensor,
+    act_scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    hidden: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+    weight_sum: Tensor | None,
+) -> None:
+    op, device = "gemm_w8a8", codes.device
+    if codes.dim() != 2:
+        raise ValueError(f"{op}: codes has shape {tuple(codes.shape)}, expected (M, K).")
+    (m, k), n, rank = codes.shape, weight.shape[0], proj_up.shape[-1]
+    expect(op, "codes", codes, (m, k), (torch.int8, torch.float8_e4m3fn), device)
+    expect(op, "act_scales", act_scales, (m,), (torch.float32,), device)
+    expect(op, "weight", weight, (n, k), (codes.dtype,), device)
+    expect(op, "weight_scale", weight_scale, (n,), FLOATS, device)
+    expect(op, "hidden", hidden, (m, rank), FLOAT16S, device)
+    expect(op, "proj_up", proj_up, (n, rank), FLOAT16S, device)
+    if bias is not None:
+        expect(op, "bias", bias, (n,), FLOATS, device)
+    if weight_sum is not None:
+        if codes.dtype != torch.int8:
+            raise ValueError(f"{op}: weight_sum is given, but only int8 codes are stored minus 128.")
+        expect(op, "weight_sum", weight_sum, (n,), (torch.int32,), device)
+
+
+@torch.library.custom_op("svdquant::gemm_w8a8", mutates_args=())
+def gemm_w8a8(
+    codes: Tensor,
+    act_scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    hidden: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+    weight_sum: Tensor | None = None,
+) -> Tensor:
+    """``y (M, N)``: see the formula above."""
+    check(codes, act_scales, weight, weight_scale, hidden, proj_up, bias, weight_sum)
+    part = arch(codes.device)
+    if codes.dtype == torch.float8_e4m3fn:
+        expect_e4m3("gemm_w8a8", "codes", part)
+    (m, k), n, rank = codes.shape, weight.shape[0], proj_up.shape[1]
+    y = hidden.new_empty((m, n))
+    if m == 0:
+        return y
+    tiles = config(part, m, n, codes.dtype != torch.int8)
+    grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
+    with torch.cuda.device_of(codes):
+        gemm_w8a8_kernel[grid](
+            codes.contiguous(),
+            act_scales.contiguous(),
+            weight.contiguous(),
+            weight_scale.contiguous(),
+            None if weight_sum is None else weight_sum.contiguous(),
+            hidden.contiguous(),
+            proj_up.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            m,
+            n,
+            k,
+            rank,
+            EVEN_K=k % tiles["BLOCK_K"] == 0,
+            BLOCK_R=BLOCK_R,
+            GROUP_M=8,
+            **tiles,
+        )
+    return y
+
+
+@gemm_w8a8.register_fake
+def gemm_w8a8_fake(
+    codes: Tensor,
+    act_scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    hidden: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+    weight_sum: Tensor | None = None,
+) -> Tensor:
+    check(codes, act_scales, weight, weight_scale, hidden, proj_up, bias, weight_sum)
+    return hidden.new_empty((codes.shape[0], weight.shape[0]))
+
+
+def compile_cases(arch: str) -> dict[str, tuple]:
+    """What `tests/test_compile_matrix.py` compiles: kernel, argument types, constants, options."""
+    types = {name: "*bf16" for name in ("weight_scale", "hidden", "proj_up", "bias", "y")}
+    types |= {"act_scales": "*fp32", "weight_sum": "*i32", "M": "i32", "N": "i32:16", "K": "i32:16", "R": "i32:16"}
+    constants = {"EVEN_K": True, "BLOCK_R": BLOCK_R, "GROUP_M": 8}
+    int8 = types | {"codes": "*i8", "weight": "*i8"}
+    cases = {
+        "int8": (gemm_w8a8_kernel, int8, constants, config(arch, 4608, 3072, False)),
+        "int8 medium": (gemm_w8a8_kernel, int8, constants, config(arch, 512, 3072, False)),
+        "int8 small": (gemm_w8a8_kernel, int8, constants, config(arch, 1, 3072, False)),
+    }
+    if has_e4m3(arch):
+        del types["weight_sum"]
+        fp8 = types | {"codes": "*fp8e4nv", "weight": "*fp8e4nv"}
+        cases["fp8"] = (gemm_w8a8_kernel, fp8, constants | {"weight_sum": None}, config(arch, 4608, 3072, True))
+    return cases

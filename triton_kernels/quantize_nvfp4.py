@@ -1,0 +1,143 @@
+"""NVFP4 activations and the first half of the low-rank branch, in one pass over the input.
+
+    v      = (x [+ 0.171875 if act_unsigned]) / smooth_factor      float32, IEEE division
+    scales = absmax(v) / 6 over 16 columns, rounded to e4m3 (at most 448; 1 where that is zero)
+    codes  = v / scales in e2m1: half to even, at most 6
+    hidden = x proj_down                                           raw x, float32 accumulation
+
+``x (M, K)`` bf16 or fp16, K a multiple of 16; ``smooth_factor (K,)``; ``proj_down (K, R)``, R >= 0. Returns ``codes
+(M, K/2)`` uint8 (low nibble = even column, bit 3 the sign), ``scales (M, K/16)`` float8_e4m3fn, ``hidden (M, R)`` in
+x's dtype. Bit for bit ``svdq_core.formats.nvfp4``; a group with a NaN has scale NaN. Integer arithmetic makes both
+kinds of codes, so this runs where the hardware knows neither.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import FLOATS, arch, expect
+from .quantize_token import GELU_SHIFT, block_r, load_x, project, smoothed
+from .rounding import divide, magnitude_bits, reciprocal, round_half_even
+
+FLOAT16S = (torch.bfloat16, torch.float16)
+
+
+def config(part: str) -> dict[str, int]:
+    """16 rows, as many columns as the registers of the compiled code hold; not measured."""
+    amd = part.startswith("gfx")
+    return {"BLOCK_M": 16, "BLOCK_K": 64 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
+
+
+@triton.jit
+def encode_e4m3(v):
+    """e4m3 codes, in an int32, of a float32 in 0...448 or NaN: half to even."""
+    bits = magnitude_bits(v)
+    # 3 of 23 mantissa bits stay: add half of the last one, ties to even, and move the exponent's bias from 127 to 7
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    code = tl.where(bits < 0x3C800000, round_half_even(v * 512.0), normal)  # below 2**-6: multiples of 2**-9
+    return tl.where(bits > 0x7F800000, 0x7F, code)
+
+
+@triton.jit
+def decode_e4m3(code):
+    """The float32 of an e4m3 code in an int32, sign bit clear: its bits under float32's exponent, times 2**120."""
+    value = (code << 20).to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0
+    return tl.where(code == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def encode_e2m1(v):
+    """e2m1 codes, in an int32, of a float32: half to even, at most 6."""
+    bits = magnitude_bits(v)
+    size = tl.minimum(bits, 0x40C00000)  # 6
+    # 1 of 23 mantissa bits stays, and the bias moves from 127 to 1
+    normal = ((size + 0x1FFFFF + ((size >> 22) & 1)) >> 22) - 252
+    code = tl.where(size < 0x3F800000, round_half_even(size.to(tl.float32, bitcast=True) * 2.0), normal)
+    return code | ((v.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit(do_not_specialize=["M"])
+def quantize_nvfp4_kernel(
+    x, smooth, down, codes, scales, hidden, M, K, R, stride_m,
+    SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M rows, all of K. Grid: (row blocks, blocks of BLOCK_R columns of proj_down)."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = (rows < M)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        tile = load_x(x, rows, M, stride_m, ks, K)
+        acc = project(tile, down, ks, K, rs, R, acc)
+        if tl.program_id(1) == 0:
+            groups = smoothed(tile, smooth, ks, K, SHIFT).reshape(BLOCK_M, BLOCK_K // 16, 16)
+            absmax = tl.max(magnitude_bits(groups), axis=2).to(tl.float32, bitcast=True)
+            scale = encode_e4m3(tl.minimum(tl.div_rn(absmax, 6.0), 448.0, propagate_nan=tl.PropagateNan.ALL))
+            scale = tl.where(scale == 0, 0x38, scale)
+            high, low = reciprocal(decode_e4m3(scale))
+            code = encode_e2m1(divide(groups, high[:, :, None], low[:, :, None]))
+            even, odd = tl.split(code.reshape(BLOCK_M, BLOCK_K // 2, 2))
+            at = k // 2 + tl.arange(0, BLOCK_K // 2)
+            pointers = codes + rows.to(tl.int64)[:, None] * (K // 2) + at[None, :]
+            tl.store(pointers, (even | (odd << 4)).to(tl.uint8), inside & (at < K // 2)[None, :])
+            at = k // 16 + tl.arange(0, BLOCK_K // 16)
+            pointers = scales + rows.to(tl.int64)[:, None] * (K // 16) + at[None, :]
+            tl.store(pointers, scale.to(tl.uint8), inside & (at < K // 16)[None, :])
+    pointers = hidden + rows.to(tl.int64)[:, None] * R + rs[None, :]
+    tl.store(pointers, acc.to(hidden.dtype.element_ty), inside & (rs < R)[None, :])
+
+
+def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor) -> None:
+    op = "quantize_nvfp4"
+    if x.dim() != 2 or x.shape[1] % 16:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (M, K) with K a multiple of 16.")
+    expect(op, "x", x, tuple(x.shape), FLOAT16S, x.device)
+    expect(op, "smooth_factor", smooth_factor, (x.shape[1],), FLOATS, x.device)
+    expect(op, "proj_down", proj_down, (x.shape[1], proj_down.shape[-1]), FLOAT16S, x.device)
+
+
+@torch.library.custom_op("svdquant::quantize_nvfp4", mutates_args=())
+def quantize_nvfp4(
+    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(codes (M, K/2), scales (M, K/16), hidden (M, R))`` of ``x (M, K)``: see the formulas above."""
+    check(x, smooth_factor, proj_down)
+    (m, k), rank = x.shape, proj_down.shape[1]
+    codes, scales, hidden = quantize_nvfp4_fake(x, smooth_factor, proj_down, act_unsigned)
+    if m == 0:
+        return codes, scales, hidden
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tiles, width = config(arch(x.device)), block_r(rank)
+    with torch.cuda.device_of(x):
+        quantize_nvfp4_kernel[(triton.cdiv(m, tiles["BLOCK_M"]), max(1, triton.cdiv(rank, width)))](
+            x, smooth_factor.contiguous(), proj_down.contiguous(), codes, scales.view(torch.uint8), hidden,
+            m, k, rank, x.stride(0), SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=width, **tiles,
+        )  # fmt: skip
+    return codes, scales, hidden
+
+
+@quantize_nvfp4.register_fake
+def quantize_nvfp4_fake(
+    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check(x, smooth_factor, proj_down)
+    m, k = x.shape
+    return (
+        x.new_empty((m, k // 2), dtype=torch.uint8),
+        x.new_empty((m, k // 16), dtype=torch.float8_e4m3fn),
+        x.new_empty((m, proj_down.shape[1])),
+    )
+
+
+def compile_cases(arch: str) -> dict[str, tuple]:
+    """What `tests/test_compile_matrix.py` compiles: kernel, argument types, constants, options."""
+    types = {name: "*bf16" for name in ("x", "smooth", "down", "hidden")}
+    types |= {"codes": "*u8", "scales": "*u8", "M": "i32", "K": "i32:16", "R": "i32:16", "stride_m": "i32:16"}
+    fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
+    return {
+        "signed": (quantize_nvfp4_kernel, types, {"SHIFT": 0.0, "BLOCK_R": 32}, config(arch)),
+        "shifted": (quantize_nvfp4_kernel, fp16, {"SHIFT": GELU_SHIFT, "BLOCK_R": 64}, config(arch)),
+    }

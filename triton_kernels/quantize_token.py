@@ -1,0 +1,193 @@
+"""8-bit activations, one scale per token, with the down-projection of the branch in the same pass over the input.
+
+    v      = (x [+ 0.171875 if act_unsigned]) / smooth_factor        float32, IEEE division
+    int8   : scale = absmax(v) / 127 in x's dtype, codes = round(v / scale) in -127...127
+    uint8  : scale = absmax(v) / 255 in x's dtype, codes = round(v / scale) in 0...255, stored as code - 128
+    fp8    : scale = absmax(v) / 448 in float32,   codes = v · (1 / scale) in float8_e4m3fn
+    hidden = x proj_down                                             raw x, float32 accumulation
+
+``x (M, K)`` bf16 or fp16, ``smooth_factor (K,)``, ``proj_down (K, R)``, R >= 0; returns ``codes (M, K)`` int8 or
+float8_e4m3fn, ``scales (M,)`` float32, ``hidden (M, R)`` in x's dtype. A zero scale becomes one. ``int8`` and
+``uint8`` are ``svdq_core.formats.int8``'s signed and unsigned grids bit for bit; ``uint8`` needs ``weight_sum`` in the
+GEMM. ``fp8`` needs a part that converts to e4m3fn (sm 89 and later, gfx950, gfx12). A token with a NaN, or whose scale
+is not finite, gets scale NaN, hence a row of NaN.
+
+One program takes 16 or more whole rows: the scale is known only at the end of the row, so the input is read a second
+time, back to front, while its end is still in the cache. SVDQuant, arXiv 2411.05007, section 4.3 (fused
+down-projection); the per-token 8-bit form is design, not paper.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import FLOATS, arch, expect, quotient
+from .rounding import divide, expect_e4m3, has_e4m3, magnitude_bits, reciprocal, round_half_even, safe_scale
+
+FLOAT16S = (torch.bfloat16, torch.float16)
+KINDS = {"int8": torch.int8, "uint8": torch.int8, "fp8": torch.float8_e4m3fn}
+GELU_SHIFT = 0.171875
+WIDEST_RANK = 64  # columns of proj_down that one pass over the input multiplies
+
+
+def config(part: str) -> dict[str, int]:
+    """Blocks and warps by instruction and register counts of the compiled code (docs/kernels_w8.md), not measured.
+
+    16 rows make 288 programs of FLUX.1's 4608 tokens, two or three for each multiprocessor of the large parts; 256
+    columns give a thread four rows to share the reciprocal of λ among. AMD's pipeline buffers in registers.
+    """
+    amd = part.startswith("gfx")
+    return {"BLOCK_M": 16, "BLOCK_K": 128 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
+
+
+@triton.jit
+def load_x(x, rows, M, stride_m, ks, K):
+    """A tile of the input, zero outside."""
+    pointers = x + rows.to(tl.int64)[:, None] * stride_m + ks[None, :]
+    return tl.load(pointers, mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0)
+
+
+@triton.jit
+def smoothed(x, smooth, ks, K, SHIFT: tl.constexpr):
+    """``(x + SHIFT) / λ`` in float32, 0 beyond the last column."""
+    factor = tl.load(smooth + ks, mask=ks < K, other=1.0)
+    v = x.to(tl.float32)
+    if SHIFT != 0.0:
+        v = tl.where((ks < K)[None, :], v + SHIFT, 0.0)
+    return quotient(v, factor.to(tl.float32)[None, :], factor.dtype == tl.float32)
+
+
+@triton.jit
+def project(x, down, ks, K, rs, R, acc):
+    """``acc + x proj_down[ks, rs]``."""
+    mask = (ks < K)[:, None] & (rs < R)[None, :]
+    tile = tl.load(down + ks.to(tl.int64)[:, None] * R + rs[None, :], mask=mask, other=0.0)
+    return tl.dot(x, tile.to(x.dtype), acc)
+
+
+@triton.jit(do_not_specialize=["M"])
+def quantize_token_kernel(
+    x, smooth, down, codes, scales, hidden, M, K, R, stride_m,
+    KIND: tl.constexpr, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block = tl.arange(0, BLOCK_K)
+    rs = tl.arange(0, BLOCK_R)
+
+    top = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        tile = load_x(x, rows, M, stride_m, k + block, K)
+        size = tl.abs(smoothed(tile, smooth, k + block, K, SHIFT))
+        top = tl.maximum(top, size, propagate_nan=tl.PropagateNan.ALL)
+        acc = project(tile, down, k + block, K, rs, R, acc)
+    pointers = hidden + rows.to(tl.int64)[:, None] * R
+    inside = (rows < M)[:, None]
+    tl.store(pointers + rs[None, :], acc.to(x.dtype.element_ty), mask=inside & (rs < R)[None, :])
+    for r in range(BLOCK_R, R, BLOCK_R):  # ranks beyond one block: another pass each
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            tile = load_x(x, rows, M, stride_m, k + block, K)
+            acc = project(tile, down, k + block, K, r + rs, R, acc)
+        tl.store(pointers + (r + rs)[None, :], acc.to(x.dtype.element_ty), mask=inside & (r + rs < R)[None, :])
+
+    LIMIT: tl.constexpr = 448.0 if KIND == "fp8" else (255.0 if KIND == "uint8" else 127.0)
+    scale = tl.div_rn(tl.max(magnitude_bits(top), axis=1).to(tl.float32, bitcast=True), LIMIT)
+    if KIND != "fp8":
+        scale = scale.to(x.dtype.element_ty).to(tl.float32)
+    scale = safe_scale(scale)
+    tl.store(scales + rows, scale, mask=rows < M)
+    high, low = reciprocal(scale)
+    if KIND == "fp8":
+        high = tl.div_rn(1.0, scale)  # no format defines this one: a product is enough
+
+    WIDE: tl.constexpr = 2 * BLOCK_K  # without the product's tiles there are registers for more rows a thread
+    for back in range(0, K, WIDE):
+        ks = (K - 1) // WIDE * WIDE - back + tl.arange(0, WIDE)
+        v = smoothed(load_x(x, rows, M, stride_m, ks, K), smooth, ks, K, SHIFT)
+        q = v * high[:, None] if KIND == "fp8" else divide(v, high[:, None], low[:, None])
+        code = encode(q, KIND)
+        tl.store(codes + rows.to(tl.int64)[:, None] * K + ks[None, :], code, mask=inside & (ks < K)[None, :])
+
+
+@triton.jit
+def encode(v, KIND: tl.constexpr):
+    """``v / scale`` to its code; a scale that was rounded down is caught by the clamp."""
+    if KIND == "fp8":
+        return tl.clamp(v, -448.0, 448.0).to(tl.float8e4nv)
+    elif KIND == "uint8":
+        return (round_half_even(tl.clamp(v, 0.0, 255.0)) - 128).to(tl.int8)
+    else:
+        return round_half_even(tl.clamp(v, -127.0, 127.0)).to(tl.int8)
+
+
+def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool, kind: str) -> None:
+    op = "quantize_token"
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind is '{kind}', expected one of {', '.join(KINDS)}.")
+    if kind == "uint8" and not act_unsigned:
+        raise ValueError(f"{op}: kind 'uint8' is for act_unsigned layers; use 'int8'.")
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (M, K).")
+    expect(op, "x", x, tuple(x.shape), FLOAT16S, x.device)
+    expect(op, "smooth_factor", smooth_factor, (x.shape[1],), FLOATS, x.device)
+    expect(op, "proj_down", proj_down, (x.shape[1], proj_down.shape[-1]), FLOAT16S, x.device)
+
+
+@torch.library.custom_op("svdquant::quantize_token", mutates_args=())
+def quantize_token(
+    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(codes (M, K), scales (M,), hidden (M, R))`` of ``x (M, K)``: see the formulas above."""
+    check(x, smooth_factor, proj_down, act_unsigned, kind)
+    if kind == "fp8":
+        expect_e4m3("quantize_token", "kind", arch(x.device))
+    (m, k), rank = x.shape, proj_down.shape[1]
+    outputs = quantize_token_fake(x, smooth_factor, proj_down, act_unsigned, kind)
+    if m == 0:
+        return outputs
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tiles = config(arch(x.device))
+    with torch.cuda.device_of(x):
+        quantize_token_kernel[(triton.cdiv(m, tiles["BLOCK_M"]),)](
+            x, smooth_factor.contiguous(), proj_down.contiguous(), *outputs, m, k, rank, x.stride(0),
+            KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=block_r(rank), **tiles,
+        )  # fmt: skip
+    return outputs
+
+
+def block_r(rank: int) -> int:
+    """Columns of the branch that one pass over the input makes."""
+    return min(WIDEST_RANK, max(16, triton.next_power_of_2(rank)))
+
+
+@quantize_token.register_fake
+def quantize_token_fake(
+    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    check(x, smooth_factor, proj_down, act_unsigned, kind)
+    m, k = x.shape
+    return (
+        x.new_empty((m, k), dtype=KINDS[kind]),
+        x.new_empty((m,), dtype=torch.float32),
+        x.new_empty((m, proj_down.shape[1])),
+    )
+
+
+def compile_cases(arch: str) -> dict[str, tuple]:
+    """What `tests/test_compile_matrix.py` compiles: kernel, argument types, constants, options."""
+    types = {name: "*bf16" for name in ("x", "smooth", "down", "hidden")}
+    types |= {"scales": "*fp32", "M": "i32", "K": "i32:16", "R": "i32:16", "stride_m": "i32:16"}
+    int8, fp16 = types | {"codes": "*i8"}, {name: t.replace("bf16", "fp16") for name, t in types.items()}
+    constants = {"SHIFT": 0.0, "BLOCK_R": 32}
+    shifted = constants | {"SHIFT": GELU_SHIFT}
+    cases = {
+        "int8": (quantize_token_kernel, int8, constants | {"KIND": "int8"}, config(arch)),
+        "uint8": (quantize_token_kernel, fp16 | {"codes": "*i8"}, shifted | {"KIND": "uint8"}, config(arch)),
+    }
+    if has_e4m3(arch):
+        fp8 = types | {"codes": "*fp8e4nv"}
+        cases["fp8"] = (quantize_token_kernel, fp8, constants | {"KIND": "fp8", "BLOCK_R": WIDEST_RANK}, config(arch))
+    return cases

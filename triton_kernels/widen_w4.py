@@ -1,0 +1,125 @@
+"""INT4 weights widened to 8 bit, once, for a plain 8-bit GEMM (W4A8 execution of a W4A4 file).
+
+    value     = code · weight_scale                               float32, exact for bf16 and fp16 scales
+    row_scale = absmax over the row of |value| / 127 (int8) or / 448 (fp8)
+    w8        = round(code · (weight_scale / row_scale))          half to even; the ratio is one float32 per group
+    weight_sum = Σ_k w8                                           int8 only: for ``uint8`` activations
+
+``weight (N, K/2)`` int8 or uint8, low nibble = even column, two's complement; ``weight_scale (K/64, N)``. Returns
+``w8 (N, K)`` int8 or float8_e4m3fn, ``row_scale (N,)`` float32 and ``weight_sum (N,)`` int32 (``(0,)`` for fp8). The
+rounding adds about -40 dB (int8) or -31 dB (fp8) to the weight, against -19 dB of the 4-bit rounding itself
+(`docs/kernels_w8.md`).
+
+Memory-bound: K/2 bytes a row in (twice, the second time from the cache), K bytes out.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import FLOATS, arch, expect
+from .rounding import expect_e4m3, has_e4m3, magnitude_bits, round_half_even, safe_scale
+
+KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+# 16 rows x 4 groups: 2 KB of nibbles, 16 values a thread. By register count, not measured.
+CONFIG = {"BLOCK_N": 16, "GROUPS": 4, "num_warps": 4}
+
+
+@triton.jit
+def load_nibbles(weight, rows, N, group, K, GROUPS: tl.constexpr):
+    """The even and the odd columns of ``GROUPS`` groups as int32: ``(BLOCK_N, GROUPS, 32)`` each."""
+    groups = group + tl.arange(0, GROUPS)
+    bytes_ = groups[:, None] * 32 + tl.arange(0, 32)[None, :]
+    mask = (rows < N)[:, None, None] & (groups < K // 64)[None, :, None]
+    packed = tl.load(weight + rows.to(tl.int64)[:, None, None] * (K // 2) + bytes_[None, :, :], mask=mask, other=0)
+    packed = packed.to(tl.int32)
+    return (packed << 28) >> 28, packed >> 4
+
+
+@triton.jit
+def load_scales(weight_scale, rows, N, group, K, GROUPS: tl.constexpr):
+    """Their scales in float32: ``(BLOCK_N, GROUPS)``."""
+    groups = group + tl.arange(0, GROUPS)
+    mask = (rows < N)[:, None] & (groups < K // 64)[None, :]
+    return tl.load(weight_scale + groups.to(tl.int64)[None, :] * N + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def widen_w4_kernel(
+    weight, weight_scale, w8, row_scale, weight_sum, N, K,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    top = tl.zeros((BLOCK_N, GROUPS), tl.int32)
+    for group in range(0, K // 64, GROUPS):
+        low, high = load_nibbles(weight, rows, N, group, K, GROUPS)
+        largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=2).to(tl.float32)
+        top = tl.maximum(top, magnitude_bits(largest * load_scales(weight_scale, rows, N, group, K, GROUPS)))
+    LIMIT: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
+    scale = safe_scale(tl.div_rn(tl.max(top, axis=1).to(tl.float32, bitcast=True), LIMIT))
+    tl.store(row_scale + rows, scale, mask=rows < N)
+
+    total = tl.zeros((BLOCK_N,), tl.int32)
+    for group in range(0, K // 64, GROUPS):
+        low, high = load_nibbles(weight, rows, N, group, K, GROUPS)
+        ratio = tl.div_rn(load_scales(weight_scale, rows, N, group, K, GROUPS), scale[:, None])[:, :, None]
+        low, high = low.to(tl.float32) * ratio, high.to(tl.float32) * ratio
+        if KIND == "fp8":
+            pair = tl.join(low.to(tl.float8e4nv), high.to(tl.float8e4nv))
+        else:
+            low, high = round_half_even(low), round_half_even(high)
+            total += tl.sum(tl.sum(low + high, axis=2), axis=1)
+            pair = tl.join(low.to(tl.int8), high.to(tl.int8))
+        columns = group * 64 + tl.arange(0, GROUPS * 64)
+        pointers = w8 + rows.to(tl.int64)[:, None] * K + columns[None, :]
+        tl.store(pointers, pair.reshape(BLOCK_N, GROUPS * 64), mask=(rows < N)[:, None] & (columns < K)[None, :])
+    if KIND == "int8":
+        tl.store(weight_sum + rows, total, mask=rows < N)
+
+
+def check(weight: Tensor, weight_scale: Tensor, kind: str) -> None:
+    op = "widen_w4"
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind is '{kind}', expected one of {', '.join(KINDS)}.")
+    if weight.dim() != 2 or weight.shape[1] % 32:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected (N, K/2) with K a multiple of 64.")
+    n, half = weight.shape
+    expect(op, "weight", weight, (n, half), (torch.int8, torch.uint8), weight.device)
+    expect(op, "weight_scale", weight_scale, (half // 32, n), FLOATS, weight.device)
+
+
+@torch.library.custom_op("svdquant::widen_w4", mutates_args=())
+def widen_w4(weight: Tensor, weight_scale: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """``(w8 (N, K), row_scale (N,), weight_sum (N,))``: see the formulas above."""
+    check(weight, weight_scale, kind)
+    if kind == "fp8":
+        expect_e4m3("widen_w4", "kind", arch(weight.device))
+    n, half = weight.shape
+    outputs = widen_w4_fake(weight, weight_scale, kind)
+    with torch.cuda.device_of(weight):
+        widen_w4_kernel[(triton.cdiv(n, CONFIG["BLOCK_N"]),)](
+            weight.view(torch.int8).contiguous(), weight_scale.contiguous(), *outputs, n, 2 * half, KIND=kind, **CONFIG
+        )
+    return outputs
+
+
+@widen_w4.register_fake
+def widen_w4_fake(weight: Tensor, weight_scale: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    check(weight, weight_scale, kind)
+    n, k = weight.shape[0], weight.shape[1] * 2
+    return (
+        weight.new_empty((n, k), dtype=KINDS[kind]),
+        weight.new_empty((n,), dtype=torch.float32),
+        weight.new_empty((n if kind == "int8" else 0,), dtype=torch.int32),
+    )
+
+
+def compile_cases(arch: str) -> dict[str, tuple]:
+    """What `tests/test_compile_matrix.py` compiles: kernel, argument types, constants, options."""
+    types = {"weight": "*i8", "weight_scale": "*bf16", "w8": "*i8", "row_scale": "*fp32", "weight_sum": "*i32"}
+    types |= {"N": "i32:16", "K": "i32:16"}
+    cases = {"int8": (widen_w4_kernel, types, {"KIND": "int8"}, CONFIG)}
+    if has_e4m3(arch):
+        cases["fp8"] = (widen_w4_kernel, types | {"w8": "*fp8e4nv"}, {"KIND": "fp8"}, CONFIG)
+    return cases
