@@ -116,7 +116,7 @@ class SVDQuantCompare(io.ComfyNode):
                 ),
                 io.String.Output("report", display_name="report", tooltip="The figures of every picture, in words."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -126,7 +126,7 @@ class SVDQuantCompare(io.ComfyNode):
             pictures = all_images(inputs["images_a"]), all_images(inputs["images_b"])
             names, how = ("", ""), []
         else:
-            pictures = both_models(first, inputs, cls.hidden.unique_id)
+            pictures = both_models(first, inputs, cls.hidden)
             names = name_of(first["model_a"]), name_of(first["model_b"])
             how = [
                 f"reference: {names[0] or 'a model without a file'}",
@@ -169,7 +169,7 @@ def all_images(batches: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([batch[..., :3] for batch in batches])
 
 
-def both_models(first: dict, inputs: dict, node_id: str) -> tuple[torch.Tensor, torch.Tensor]:
+def both_models(first: dict, inputs: dict, hidden) -> tuple[torch.Tensor, torch.Tensor]:
     """The pictures that both models make."""
     settings = SamplingSettings(
         first["seed"],
@@ -185,7 +185,7 @@ def both_models(first: dict, inputs: dict, node_id: str) -> tuple[torch.Tensor, 
     negative = inputs.get("negative") or positive  # unused at cfg 1
     models = first["model_a"], first["model_b"]
     return sample_both(
-        models, positive, negative, first["vae"], settings, lambda text: tell(node_id, "report", text=text)
+        models, positive, negative, first["vae"], settings, lambda text: tell(hidden, "report", text=text)
     )
 
 

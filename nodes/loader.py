@@ -70,7 +70,7 @@ class SVDQuantLoader(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="A normal MODEL: every other node takes it.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -84,7 +84,7 @@ class SVDQuantLoader(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name: str, dtype: str, activations: str = "auto") -> io.NodeOutput:
         path = find_model(unet_name)
-        tell(cls.hidden.unique_id, "file", name=unet_name)  # news to the panel where it comes through a link
+        tell(cls.hidden, "file", name=unet_name)  # news to the panel where it comes through a link
         info = describe_file(path)
         if info.kind != "svdquant":
             hint = "" if info.loader_hint == "none" else f" Load it with {info.loader_hint}."

@@ -25,7 +25,7 @@ def find_lora(name: str) -> Path:
     return Path(path)
 
 
-def apply(model, loras: list[tuple[str, float]], rank: int, node_id: str) -> io.NodeOutput:
+def apply(model, loras: list[tuple[str, float]], rank: int, hidden) -> io.NodeOutput:
     """A clone of ``model`` with the files at their strengths, in order; the panel learns what headers did not tell."""
     patched, reports, news = model.clone(), [], []
     for name, strength in loras:
@@ -37,7 +37,7 @@ def apply(model, loras: list[tuple[str, float]], rank: int, node_id: str) -> io.
         news.append(lora.reduction())
         if lora.unused:
             logging.info("SVDQuant LoRA: %s", reports[-1])
-    tell(node_id, "report", text="\n".join(filter(None, news)))
+    tell(hidden, "report", text="\n".join(filter(None, news)))
     return io.NodeOutput(patched, "\n".join(reports) or NOTHING)
 
 
@@ -100,7 +100,7 @@ class SVDQuantLoRA(io.ComfyNode):
                 rank_input(),
             ],
             outputs=model_outputs(),
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -113,7 +113,7 @@ class SVDQuantLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name: str, strength: float, rank: int = REDUCED_RANK) -> io.NodeOutput:
-        return apply(model, [(lora_name, strength)], rank, cls.hidden.unique_id)
+        return apply(model, [(lora_name, strength)], rank, cls.hidden)
 
 
 class SVDQuantLoRAStack(io.ComfyNode):
@@ -141,7 +141,7 @@ class SVDQuantLoRAStack(io.ComfyNode):
                 rank_input(),
             ],
             outputs=model_outputs(),
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -161,4 +161,4 @@ class SVDQuantLoRAStack(io.ComfyNode):
             for i in range(1, STACK + 1)
             if rows[f"on_{i}"] and rows[f"lora_{i}"] != NONE
         ]
-        return apply(model, chosen, rank, cls.hidden.unique_id)
+        return apply(model, chosen, rank, cls.hidden)

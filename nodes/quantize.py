@@ -21,6 +21,7 @@ from ..svdq_core.host.quantize import quantize_model
 from ..svdq_core.quantize import Event, Job, Report
 from ..svdq_core.report import error_chart
 from ..svdq_core.solve import PRESETS
+from .panels import workflow_id
 from .prompts import DEFAULT_PROMPTS, encode
 from .runs import RUNS
 
@@ -171,11 +172,6 @@ class SVDQuantQuantize(io.ComfyNode):
         streamer.finish(report)
         chart = chart_tensor(report, f"{name}: error per layer")
         return io.NodeOutput(name, report.summary(), chart, ui={"text": (report.summary(),)})
-
-
-def workflow_id(pnginfo: dict | None) -> str | None:
-    """The id of the workflow on the canvas that was queued; a prompt from a script has none."""
-    return ((pnginfo or {}).get("workflow") or {}).get("id")
 
 
 def calibration_prompts(source: ModelSource, conditioning: list | None, clip, seed: int) -> list:

@@ -204,8 +204,9 @@ def classify(
     family = family_title(keys)
     if family == "an unknown model" and not any("blocks." in k for k in keys):
         return "unknown", f"no diffusion model that is known here (first keys: {', '.join(sorted(keys)[:4])})", "none"
-    precision = "8-bit or otherwise quantized" if other_quant or any(d.startswith("F8") for d in dtypes) else "16-bit"
-    return "diffusion_model", f"a {precision} diffusion model ({family})", "Load Diffusion Model"
+    eight_bit = other_quant or any(d.startswith("F8") for d in dtypes)
+    precision = "an 8-bit or otherwise quantized" if eight_bit else "a 16-bit"
+    return "diffusion_model", f"{precision} diffusion model ({family})", "Load Diffusion Model"
 
 
 def write_checkpoint(

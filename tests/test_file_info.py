@@ -498,6 +498,43 @@ def test_lora_panels(panels: Panels):
     assert page.errors == []
 
 
+def test_news_go_to_the_node_that_they_are_about(panels: Panels):
+    """Node ids repeat in other workflows: the id of the workflow and the kind of node must fit, too."""
+    page = panels.page
+    page.clear()
+    node = panels.add("SVDQuantLoRA", 200, 200)
+    panels.set(node, "lora_name", "info_kohya.safetensors")
+    panels.says(node, "keys apply")
+    own = page.evaluate("() => (app.rootGraph.id = crypto.randomUUID())")
+    send = """async ([type, detail]) => {
+        const { api } = await import("/scripts/api.js");
+        api.dispatchCustomEvent(type, detail);
+    }"""
+    for workflow, text in (("another", "not mine"), (own, "mine")):
+        page.evaluate(send, ["svdquant.report", {"node": str(node), "workflow": workflow, "text": text}])
+    panels.says(node, "mine", without="not mine")
+    assert page.errors == []
+
+
+def test_copies_leave_nothing_behind(panels: Panels):
+    """A copy of a node goes through one that is on no canvas: nobody would remove its panel."""
+    page = panels.page
+    page.clear()
+    copied = """() => {
+        const watched = new Set(), observe = ResizeObserver.prototype.observe;
+        ResizeObserver.prototype.observe = function (target) {
+            if (target.className === "svdqi-content") watched.add(target);
+            return observe.call(this, target);
+        };
+        for (let i = 0; i < 5; i++) LiteGraph.createNode("SVDQuantLoader");
+        const before = watched.size;
+        app.rootGraph.add(LiteGraph.createNode("SVDQuantLoader"));
+        ResizeObserver.prototype.observe = observe;
+        return [before, watched.size];
+    }"""
+    assert page.evaluate(copied) == [0, 1]
+
+
 def test_panels_are_no_part_of_the_workflow(panels: Panels):
     """Saved and loaded again, nodes have the same size and widgets, and the panel is back."""
     page = panels.page
@@ -507,8 +544,9 @@ def test_panels_are_no_part_of_the_workflow(panels: Panels):
     panels.says(node, "preset balanced")
     assert panels.fits(node)
     saved = page.evaluate("() => app.rootGraph.serialize()")
-    assert saved["nodes"][0]["widgets_values"] == ["demo_balanced.safetensors", "auto"]
-    assert page.prompt()[str(node)]["inputs"] == {"unet_name": "demo_balanced.safetensors", "dtype": "auto"}
+    assert saved["nodes"][0]["widgets_values"] == ["demo_balanced.safetensors", "auto", "auto"]
+    widgets = {"unet_name": "demo_balanced.safetensors", "dtype": "auto", "activations": "auto"}
+    assert page.prompt()[str(node)]["inputs"] == widgets
     for _ in range(2):
         page.load(page.evaluate("() => app.rootGraph.serialize()"))
         (node,) = page.nodes()

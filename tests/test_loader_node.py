@@ -92,7 +92,7 @@ def test_unload_keeps_the_model(comfyui: ComfyServer):
     graph = prompt("small_int4.safetensors")
     graph["save"]["inputs"]["filename_prefix"] = "again"
     graph["latent"]["inputs"]["batch_size"] = 2
-    assert error_db(run(comfyui, graph)[:1], first) > -200  # another noise; it ran
+    assert run(comfyui, graph).shape[0] == 2
     graph["latent"]["inputs"]["batch_size"] = 1
     assert torch.equal(run(comfyui, graph), first)
 

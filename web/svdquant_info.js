@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { bytes, decibels, element, ratio } from "./svdquant_dom.js";
+import { isAbout } from "./svdquant_nodes.js";
 
 const WIDTH = 340;
 const SHEET_WIDTH = 460;
@@ -36,14 +37,24 @@ class InfoPanel {
       getValue: () => "",
     });
     this.widget.serialize = false;
-    const removed = node.onRemoved;
-    node.onRemoved = function (...args) {
-      removed?.apply(this, args);
-      panels.delete(panel);
+    const sizes = new ResizeObserver(() => this.#fit());
+    // A copy goes through a node that is on no canvas, and would never be removed from one.
+    this.#chain("onAdded", () => {
+      sizes.observe(this.content);
+      panels.add(this);
+    });
+    this.#chain("onRemoved", () => {
+      sizes.disconnect();
+      panels.delete(this);
+    });
+  }
+
+  #chain(name, added) {
+    const before = this.node[name];
+    this.node[name] = function (...args) {
+      before?.apply(this, args);
+      added();
     };
-    const panel = this;
-    new ResizeObserver(() => this.#fit()).observe(this.content);
-    panels.add(this);
   }
 
   /** Show what the widgets and links say now; nothing happens while they say the same. */
@@ -109,9 +120,10 @@ function isLinked(node, name) {
   return node.inputs?.some((input) => input.name === name && input.link != null) ?? false;
 }
 
-/** Whether a widget's list, which is the server's, has a name. */
-function offers(node, widget, name) {
-  return Boolean(node.widgets.find((other) => other.name === widget)?.options.values?.includes(name));
+/** A name as a widget's list, which is the server's, spells it; nothing if it is not in it. */
+function offered(node, widget, name) {
+  const plain = (text) => String(text).replaceAll("\\", "/"); // Windows' server lists sub\name
+  return node.widgets.find((other) => other.name === widget)?.options.values?.find((value) => plain(value) === plain(name));
 }
 
 /** The name that a file widget will have when it runs; null where only the run can tell. */
@@ -132,7 +144,7 @@ function modelFile(node) {
     seen.add(current);
     if (LOADERS.includes(current.comfyClass)) {
       const name = chosen(current, "unet_name") ?? known.get(current);
-      return /\.(safetensors|sft)$/.test(name ?? "") && offers(current, "unet_name", name) ? name : null;
+      return (/\.(safetensors|sft)$/.test(name ?? "") && offered(current, "unet_name", name)) || null;
     }
     const slot = current.inputs?.findIndex(({ type, name }) => type === "MODEL" || (type === "*" && !name)) ?? -1;
     current = slot < 0 ? null : current.getInputNode(slot);
@@ -147,10 +159,10 @@ const known = new WeakMap(); // loaders whose file name comes through a link: th
 function describeLoader(node) {
   const name = chosen(node, "unet_name") ?? known.get(node);
   if (!name) return [note("What the file is will be shown here after a run: its name comes through a link.")];
-  if (!offers(node, "unet_name", name)) {
-    return [note(isLinked(node, "unet_name") ? `${name} is not there yet: the run will make it.` : `${name} is not there.`)];
-  }
-  return [{ url: `/svdquant/file?name=${encodeURIComponent(name)}`, show: showModel }];
+  const file = offered(node, "unet_name", name);
+  if (file) return [{ url: `/svdquant/file?name=${encodeURIComponent(file)}`, show: showModel }];
+  if (isLinked(node, "unet_name")) return [note(`${name} is not there yet: the run will make it.`)];
+  return [note(`${name} is not there. Choose another, or make it with SVDQuant Quantize (template quantize).`)];
 }
 
 function showModel(info) {
@@ -194,7 +206,7 @@ function calibrationOf(calibration) {
   if (calibration?.kind === "file") return calibration.file;
   if (calibration?.kind !== "sampled") return calibration?.kind;
   const { prompts, steps, size } = calibration;
-  return `${prompts} prompts of ${steps} steps, ${size} pixels`;
+  return `${prompts} ${prompts === 1 ? "prompt" : "prompts"} of ${steps} ${steps === 1 ? "step" : "steps"}, ${size} pixels`;
 }
 
 /** The error of every layer as thin bars, in the model's order; shorter is better. */
@@ -240,9 +252,10 @@ function describeStack(node, report) {
 function loraPart(node, widget, name, strength, named) {
   const title = () => (named ? [text(name, "svdqi-name")] : []);
   if (strength === 0) return { name, text: "off", show: () => [...title(), text("Strength 0: not applied.")] };
-  if (!offers(node, widget, name)) return { name, text: "gone", show: () => [...title(), text(`${name} is not there.`)] };
+  const file = offered(node, widget, name);
+  if (!file) return { name, text: "gone", show: () => [...title(), text(`${name} is not there.`)] };
   const model = modelFile(node);
-  const query = new URLSearchParams({ name, ...(model ? { model } : {}) });
+  const query = new URLSearchParams({ name: file, ...(model ? { model } : {}) });
   return { name, url: `/svdquant/lora?${query}`, show: (info) => [...title(), ...showLora(info)] };
 }
 
@@ -287,7 +300,10 @@ function text(words, className = "") {
 
 // ---- SVDQuant Compare -----------------------------------------------------------------------------------
 
-function describeCompare(node, report) {
+/** What a run says while it goes on, then its report, which goes where ComfyUI's preview of the sheet goes. */
+function describeCompare(node, news) {
+  const outputs = node.graph && app.nodeOutputs[node.graph.isRootGraph ? node.id : `${node.graph.id}:${node.id}`];
+  const report = news || outputs?.svdquant_report?.[0];
   if (report) return [{ text: report, show: () => text(report, "svdqi-report") }];
   const linked = node.inputs.some((input) => input.link != null && !input.widget);
   return [note(linked ? "Not run yet." : "Connect model_a, model_b, positive and vae, or images_a and images_b.")];
@@ -302,9 +318,23 @@ const DESCRIBE = {
   SVDQuantCompare: describeCompare,
 };
 
-/** The panel of the node that an event is about; the server calls nodes in subgraphs "3:5". */
-function panelOf({ detail }) {
-  return [...panels].find(({ node }) => String(node.id) === String(detail.node).split(":").at(-1));
+/** Tell the panels of the node that an event is about; `classes` are those that it can be about. */
+function passOn(event, classes, act) {
+  for (const panel of panels) {
+    if (classes.includes(panel.node.comfyClass) && isAbout(panel.node, event.detail)) act(panel);
+  }
+}
+
+/** There is a new file, or a changed one: offer it in all loaders, those to come included. */
+async function relist() {
+  const answer = await api.fetchApi("/object_info/SVDQuantLoader").then((response) => response.json()).catch(() => null);
+  const values = answer?.SVDQuantLoader?.input.required.unet_name[1].options;
+  if (!values) return;
+  window.LiteGraph.registered_node_types.SVDQuantLoader.nodeData.inputs.unet_name.options = values;
+  for (const { node } of panels) {
+    if (node.comfyClass === "SVDQuantLoader") node.widgets.find(({ name }) => name === "unet_name").options.values = values;
+  }
+  refresh();
 }
 
 app.registerExtension({
@@ -312,16 +342,12 @@ app.registerExtension({
   setup() {
     const href = new URL("./svdquant_info.css", import.meta.url).href;
     document.head.append(element("link", { rel: "stylesheet", href }));
-    api.addEventListener("svdquant.done", () => app.refreshComboInNodes()); // there is a new file, or a changed one
-    api.addEventListener("svdquant.file", (event) => {
-      const panel = panelOf(event);
-      if (panel) known.set(panel.node, event.detail.name);
-    });
-    api.addEventListener("svdquant.report", (event) => panelOf(event)?.tell(event.detail.text));
-    api.addEventListener("executed", (event) => {
-      const report = event.detail.output?.svdquant_report?.[0]; // comes for cached results, too
-      if (report) panelOf(event)?.tell(report);
-    });
+    api.addEventListener("svdquant.done", relist);
+    api.addEventListener("svdquant.file", (event) =>
+      passOn(event, ["SVDQuantLoader"], ({ node }) => known.set(node, event.detail.name)));
+    api.addEventListener("svdquant.report", (event) =>
+      passOn(event, ["SVDQuantLoRA", "SVDQuantLoRAStack", "SVDQuantCompare"], (panel) => panel.tell(event.detail.text)));
+    api.addEventListener("executed", (event) => passOn(event, ["SVDQuantCompare"], (panel) => panel.tell("")));
     // Widgets, links and nodes upstream change in many ways, and not all of them call back.
     setInterval(() => document.hidden || panels.forEach((panel) => panel.update()), LOOK);
   },
