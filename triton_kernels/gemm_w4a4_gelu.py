@@ -35,7 +35,7 @@ from .common import (
 from .gemm_w4a4 import check, config, rowwise, scaled_sums
 from .quantize_act import GELU_SHIFT
 
-TILES = 4  # of 64 columns, for one program: 48 places at FLUX's 12288 columns, 28 MB at 4608 tokens and rank 32
+TILES = 4  # of 64 columns, for one program; places · M · R2 · 4 bytes, 48 places at FLUX's 12288 columns
 
 
 @triton.jit
@@ -105,6 +105,7 @@ def gemm_w4a4_gelu_kernel(
         acc = branch_and_bias(acc, hidden_ptr, up_ptr, bias_ptr, rows, columns, R, hidden_stride, up_stride, BLOCK_R)
         h = gelu(acc.to(dtype).to(tl.float32)).to(dtype)
         if NEXT_BLOCK_R > 0:
+            tl.debug_barrier()  # sums of the tile before may come back to other threads than those that stored them
             for start in range(0, next_r, NEXT_BLOCK_R):
                 ranks = start + tl.arange(0, NEXT_BLOCK_R)
                 down_at = next_down_ptr + columns[:, None] * next_down_stride + ranks[None, :]

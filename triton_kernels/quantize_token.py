@@ -28,7 +28,7 @@ from .rounding import divide, expect_e4m3, has_e4m3, magnitude_bits, reciprocal,
 FLOAT16S = (torch.bfloat16, torch.float16)
 KINDS = {"int8": torch.int8, "uint8": torch.int8, "fp8": torch.float8_e4m3fn}
 GELU_SHIFT = 0.171875
-WIDEST_RANK = 64  # columns of proj_down that one pass over the input multiplies
+WIDEST_RANK = 64  # columns of proj_down that one program multiplies; those beyond go to others, which read x again
 
 
 def config(part: str) -> dict[str, int]:
@@ -71,26 +71,24 @@ def quantize_token_kernel(
     x, smooth, down, codes, scales, hidden, M, K, R, stride_m,
     KIND: tl.constexpr, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """Grid: (row blocks, blocks of BLOCK_R columns of proj_down); the first of these quantizes."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     block = tl.arange(0, BLOCK_K)
-    rs = tl.arange(0, BLOCK_R)
+    rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
 
     top = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
         tile = load_x(x, rows, M, stride_m, k + block, K)
-        size = tl.abs(smoothed(tile, smooth, k + block, K, SHIFT))
-        top = tl.maximum(top, size, propagate_nan=tl.PropagateNan.ALL)
+        if tl.program_id(1) == 0:
+            size = tl.abs(smoothed(tile, smooth, k + block, K, SHIFT))
+            top = tl.maximum(top, size, propagate_nan=tl.PropagateNan.ALL)
         acc = project(tile, down, k + block, K, rs, R, acc)
-    pointers = hidden + rows.to(tl.int64)[:, None] * R
+    pointers = hidden + rows.to(tl.int64)[:, None] * R + rs[None, :]
     inside = (rows < M)[:, None]
-    tl.store(pointers + rs[None, :], acc.to(x.dtype.element_ty), mask=inside & (rs < R)[None, :])
-    for r in range(BLOCK_R, R, BLOCK_R):  # ranks beyond one block: another pass each
-        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            tile = load_x(x, rows, M, stride_m, k + block, K)
-            acc = project(tile, down, k + block, K, r + rs, R, acc)
-        tl.store(pointers + (r + rs)[None, :], acc.to(x.dtype.element_ty), mask=inside & (r + rs < R)[None, :])
+    tl.store(pointers, acc.to(x.dtype.element_ty), mask=inside & (rs < R)[None, :])
+    if tl.program_id(1) > 0:
+        return
 
     LIMIT: tl.constexpr = 448.0 if KIND == "fp8" else (255.0 if KIND == "uint8" else 127.0)
     scale = tl.div_rn(tl.max(magnitude_bits(top), axis=1).to(tl.float32, bitcast=True), LIMIT)
@@ -149,17 +147,17 @@ def quantize_token(
         return outputs
     if x.stride(1) != 1:
         x = x.contiguous()
-    tiles = config(arch(x.device))
+    tiles, widest = config(arch(x.device)), block_r(rank)
     with torch.cuda.device_of(x):
-        quantize_token_kernel[(triton.cdiv(m, tiles["BLOCK_M"]),)](
+        quantize_token_kernel[(triton.cdiv(m, tiles["BLOCK_M"]), triton.cdiv(rank, widest) if rank else 1)](
             x, smooth_factor.contiguous(), proj_down.contiguous(), *outputs, m, k, rank, x.stride(0),
-            KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=block_r(rank), **tiles,
+            KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=widest, **tiles,
         )  # fmt: skip
     return outputs
 
 
 def block_r(rank: int) -> int:
-    """Columns of the branch that one pass over the input makes."""
+    """Columns of the branch that one program makes."""
     return min(WIDEST_RANK, max(16, triton.next_power_of_2(rank)))
 
 
