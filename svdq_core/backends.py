@@ -8,11 +8,14 @@ The environment variable SVDQUANT_BACKEND takes a library (``torch``, ``triton``
 :data:`.implementations.IMPLEMENTATIONS`, or the beginning of one up to a dash, in place of the choice.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
 import math
 import os
+import re
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,12 +24,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import triton_kernels
 from .checkpoint import TOOL
 from .formats import AWQ, FORMATS, Format
-from .implementations import FUSED_MLP, IMPLEMENTATIONS, Implementation, torch_linear, torch_mlp
+from .implementations import FUSED_MLP, IMPLEMENTATIONS, Implementation, mlp_scratch, torch_linear, torch_mlp
 from .linear import QuantizedLinear, linear_forward
 
-FORCED = os.environ.get("SVDQUANT_BACKEND", "")
+
+def forced_by(value: str) -> str:
+    """What SVDQUANT_BACKEND asks for; nothing, and a word in the log, if no name begins so."""
+    value, names = value.strip().lower(), sorted({name for _, name in IMPLEMENTATIONS})
+    if value and not any(f"{name}-".startswith(f"{value}-") for name in names):
+        logging.warning(
+            "SVDQuant: SVDQUANT_BACKEND=%s is ignored: it takes torch, triton, kitchen or one of %s.",
+            value, ", ".join(names),
+        )  # fmt: skip
+        return ""
+    return value
+
+
+FORCED = forced_by(os.environ.get("SVDQUANT_BACKEND", ""))
 
 # ---- the shipped order -----------------------------------------------------------------------------------
 
@@ -40,8 +57,8 @@ FEW, SOME = 16, 512  # tokens: a GEMM is bound by reading the weight up to about
 
 def shipped_order(arch: str, fmt: str, size: int) -> list[str]:
     """Names of ``fmt``'s implementations, expected fastest first, on ``arch``, for a :func:`size_class` of tokens."""
-    if fmt == "awq" and size == 0:
-        return ["torch"]  # the kernels are for a token or a few; unpacking pays off for many
+    if fmt == "awq" and size != FEW:
+        return ["torch"]  # the kernels read the weight anew for every token; unpacking pays off for many
     if fmt != "int4":
         return [name for f, name in IMPLEMENTATIONS if f == fmt]
     kinds = ("fp8", "int8") if arch in FP8_BEFORE_INT8 else ("int8", "fp8")
@@ -81,7 +98,14 @@ def device_key(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     libraries = ("torch", "triton", "triton-windows", "comfy-kitchen")
     versions = [f"{each} {found}" for each in libraries if (found := installed_version(each))]
-    return "; ".join([f"{name} ({device_arch(device)})", *versions, TOOL])
+    return "; ".join([f"{name} ({device_arch(device)})", *versions, TOOL, f"kernels {kernels_hash()}"])
+
+
+def kernels_hash() -> str:
+    """Of the sources of the kernels: they change between versions, too."""
+    kernels = sorted(Path(triton_kernels.__file__).parent.glob("*.py"))
+    sources = [*kernels, Path(__file__).with_name("implementations.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
 
 
 def installed_version(library: str) -> str | None:
@@ -136,9 +160,9 @@ def nearest_times(device: torch.device, fmt: str, size: int, k: int, n: int) -> 
     """Times of the measured shape that is nearest, of the same format and size class; empty if there is none."""
     found: tuple[float, Times] = math.inf, {}
     for key, times in measured_times(device).items():
-        f, s, *shape = key.split()
-        if (f, s) == (fmt, str(size)):
-            distance = sum(abs(math.log(float(a) / b)) for a, b in zip(shape, (k, n)))
+        shape = re.fullmatch(rf"{fmt} {size} ([1-9][0-9]*) ([1-9][0-9]*)", key)  # see shape_key
+        if shape:
+            distance = sum(abs(math.log(int(a) / b)) for a, b in zip(shape.groups(), (k, n)))
             found = min(found, (distance, times), key=lambda each: each[0])
     return found[1]
 
@@ -168,26 +192,100 @@ def ranked(
 
 REJECTED: dict[tuple[Any, ...], str] = {}  # why an implementation is not used, by what it failed on
 RIGHT: set[tuple[Any, ...]] = set()  # what passed its check
+SAID: set[tuple[Any, ...]] = set()  # what the log has already
+LAST_USED: dict[torch.device, str] = {}  # of the compiled implementations: a GPU reports an error later
 
 
 def forget() -> None:
     """Choose anew: the measured times, or a test's conditions, have changed."""
     for cached in (ranked, measured_times):
         cached.cache_clear()
-    REJECTED.clear()
-    RIGHT.clear()
+    for memory in (REJECTED, RIGHT, SAID, LAST_USED):
+        memory.clear()
 
 
 def working(x: Tensor, layer: QuantizedLinear, activations: str) -> Iterator[Implementation]:
     """What to run ``x (M, K)`` with, best first: right on a small layer, and never failed on such a shape."""
     shape = shape_class(x, layer, activations)
     for implementation in ranked(x.device, *shape, FORCED):
-        if implementation.library == "torch":
-            yield implementation
-            return
-        failed = (implementation, x.device, x.dtype, shape) in REJECTED
-        if not failed and is_right(implementation, x.device, x.dtype, layer.act_unsigned, size_class(x.shape[0])):
-            yield implementation
+        if implementation.library != "torch":
+            if rejected((implementation, x.device, x.dtype, shape)) or not_captured(implementation, x.device):
+                continue
+            if not is_right(implementation, x.device, x.dtype, layer.act_unsigned, size_class(x.shape[0])):
+                continue
+        announce(implementation, x.device, shape)
+        yield implementation
+
+
+def rejected(key: tuple[Any, ...]) -> bool:
+    """Whether an implementation failed on ``key``, or on its device whatever the layer."""
+    return key in REJECTED or key[:2] in REJECTED
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured into a CUDA graph, which cannot wait for a result."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def not_captured(implementation: Implementation, device: torch.device) -> bool:
+    """comfy-kitchen may keep buffers between calls; a graph must not have them in common with what runs beside it."""
+    return implementation.library == "kitchen" and capturing(device)
+
+
+def say_once(level: int, message: str, *about: Any) -> None:
+    if (message, *about) not in SAID:
+        SAID.add((message, *about))
+        logging.log(level, message, *about)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def announce(chosen: Implementation, device: torch.device, shape: tuple[str, str, int, int, int]) -> None:
+    """Say what runs, and what does not for which reason, at the first choice for a format."""
+    fmt, activations = shape[:2]
+    if (device, fmt, activations) in SAID or capturing(device):
+        return
+    SAID.add((device, fmt, activations))
+    passed = skipped(chosen, device, shape)
+    reasons = "".join(f"; not {name}: {reason}" for name, reason in passed.items())
+    level, warned = logging.INFO, set(passed.values()) & set(REJECTED.values())
+    if FORCED and passed and not warned and not f"{chosen.name}-".startswith(f"{FORCED}-"):
+        level, reasons = logging.WARNING, f", although SVDQUANT_BACKEND asks for {FORCED}{reasons}"
+    elif device.type == "cuda" and chosen.library == "torch" and "Triton is not installed" in passed.values():
+        level = logging.WARNING
+        reasons += ". On Windows install triton-windows; until then quantized layers run slower than 16-bit ones"
+    logging.log(
+        level, "SVDQuant: %s (activations: %s) runs through %s on %s%s.",
+        fmt, activations, chosen.name, device_name(device), reasons,
+    )  # fmt: skip
+
+
+def skipped(chosen: Implementation, device: torch.device, shape: tuple[str, str, int, int, int]) -> dict[str, str]:
+    """Why not, by name, of what is wanted and comes before ``chosen`` in the shipped order."""
+    fmt, activations, size, k, n = shape
+    arch, reasons = device_arch(device), {}
+    for name in shipped_order(arch, fmt, size):
+        implementation = IMPLEMENTATIONS[fmt, name]
+        if name == chosen.name:
+            break
+        if not f"{name}-".startswith(f"{FORCED or name}-") or (
+            not FORCED and fmt == "int4" and activations not in ("auto", implementation.activations)
+        ):
+            continue
+        failed = [reason for key, reason in REJECTED.items() if key[:2] == (implementation, device)]
+        reason = (
+            implementation.why_not(arch)
+            or (None if implementation.takes(k, n) else f"{n} outputs")
+            or [*failed, None][0]
+        )
+        if reason:
+            reasons[name] = reason
+    return reasons
 
 
 def shape_class(x: Tensor, layer: QuantizedLinear, activations: str) -> tuple[str, str, int, int, int]:
@@ -204,27 +302,79 @@ def choice(x: Tensor, layer: QuantizedLinear, activations: str = "auto") -> Impl
 def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
     """``x (M, K)`` through the best implementation that works."""
     for implementation in working(x, layer, activations):
-        if implementation.library == "torch":
-            return implementation.run(x, layer)
         try:
-            return implementation.run(x, layer)
-        except torch.OutOfMemoryError:
-            raise  # ComfyUI's business: it unloads models and tries again
+            return run(implementation, x, layer)
         except Exception as error:
+            if implementation.library == "torch":
+                raise
             n, k = layer.shape
             key = (implementation, x.device, x.dtype, shape_class(x, layer, activations))
-            reject(key, describe(error), f" for {k} inputs and {n} outputs")
+            reject(key, error, f" for {k} inputs and {n} outputs")
     raise AssertionError("plain torch is always the last")
 
 
-def reject(key: tuple[Any, ...], reason: str, where: str = "") -> None:
-    """Do not use an implementation again in this process, and say so once."""
-    REJECTED[key] = reason
+def run(implementation: Implementation, x: Tensor, *layers: QuantizedLinear) -> Tensor:
+    """``implementation.run``; what is not the implementation's failure is raised as what it is.
+
+    A lack of memory is ComfyUI's business: it unloads models and tries again. After some errors a process cannot use
+    its GPU any more, so nothing else is worth a try.
+    """
+    if implementation.library != "torch":
+        LAST_USED[x.device] = implementation.name
+    try:
+        return implementation.run(x, *layers)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if OUT_OF_MEMORY.search(str(error)):
+            raise torch.OutOfMemoryError(str(error)) from error
+        if is_fatal(error):
+            raise FatalError(
+                f"SVDQuant: the GPU reported an error after which this process cannot use it any more "
+                f"({describe(error)}). The kernels used last were {LAST_USED.get(x.device, 'torch')}. Restart ComfyUI "
+                f"with the environment variable SVDQUANT_BACKEND=torch, and please report it."
+            ) from error
+        raise
+
+
+class FatalError(RuntimeError):
+    """The GPU is lost to this process."""
+
+
+# As torch, Triton, cuBLAS and HIP say it.
+OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED", re.IGNORECASE)
+FATAL = re.compile(
+    r"illegal (memory|instruction|address)|misaligned|unspecified launch|device-side assert", re.IGNORECASE
+)
+HARMLESS = re.compile(r"no kernel image|invalid (argument|configuration|device function)|not supported", re.IGNORECASE)
+ACCELERATOR_ERROR = getattr(torch, "AcceleratorError", ())  # since torch 2.8
+
+
+def is_fatal(error: RuntimeError) -> bool:
+    """Whether the GPU answers every later call with the same error."""
+    if isinstance(error, ACCELERATOR_ERROR):
+        return HARMLESS.search(str(error)) is None
+    return FATAL.search(str(error)) is not None
+
+
+def fails_everywhere(error: Exception) -> bool:
+    """Whether it would fail on every layer: a library, a compiler or a part of them is missing or broken."""
+    compiles = type(error).__name__ in ("CompilationError", "PTXASError") or "PassManager::run" in str(error)
+    missing = isinstance(error, (ImportError, FileNotFoundError, subprocess.CalledProcessError))
+    return compiles or missing or "C compiler" in str(error)
+
+
+def reject(key: tuple[Any, ...], failure: Exception | str, where: str = "") -> None:
+    """Do not use an implementation again in this process, for ``key`` or at all, and say so once."""
+    if isinstance(failure, (torch.OutOfMemoryError, FatalError)):
+        raise failure
+    if isinstance(failure, Exception) and fails_everywhere(failure):
+        key, where = key[:2], ""
+    REJECTED[key] = failure if isinstance(failure, str) else describe(failure)
     implementation, device = key[:2]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     logging.warning(
         "SVDQuant: %s is not used on %s%s (%s). The next in order is used.",
-        implementation.name, name, where, reason,
+        implementation.name, device_name(device), where, REJECTED[key],
     )  # fmt: skip
 
 
@@ -236,7 +386,9 @@ def describe(error: Exception) -> str:
 # ---- trust -----------------------------------------------------------------------------------------------
 
 
-CHECKED = {FEW: (3, 384), SOME: (72, 384), 0: (1500, 3072)}  # (M, N) by size class: kernels have tiles for each
+CHECKED = {FEW: (13, 384), SOME: (72, 384), 0: (1500, 3072)}  # (M, N) by size class: kernels have tiles for each
+CHECKED_K, CHECKED_RANK = 1024, 32  # many steps of a pipelined loop, and the rank of most files
+LINE_DB = 10.0  # how much worse than a whole result one row or column of it may be
 
 
 def is_right(
@@ -246,9 +398,17 @@ def is_right(
     key = (implementation, device, dtype, unsigned, size)
     if key in RIGHT:
         return True
-    if key in REJECTED or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return False  # a graph that is being captured cannot wait for a result
-    reason = check(*key)
+    if rejected(key):
+        return False
+    if capturing(device):
+        say_once(logging.WARNING, NOT_WHILE_CAPTURING, implementation.name)
+        return False
+    if implementation.library == "triton":
+        say_once(logging.INFO, "SVDQuant: compiling kernels for %s, once.", device_name(device))
+    try:
+        reason: Exception | str | None = check(*key)
+    except Exception as error:
+        reason = error
     if reason is not None:
         reject(key, reason)
         return False
@@ -256,33 +416,36 @@ def is_right(
     return True
 
 
+NOT_WHILE_CAPTURING = (
+    "SVDQuant: %s is not used in a CUDA graph that is captured before the first run without one: it is unchecked."
+)
+
+
 def check(
     implementation: Implementation, device: torch.device, dtype: torch.dtype, unsigned: bool, size: int
 ) -> str | None:
     """Why it is not right on this device, in words; None if it is within its tolerance."""
-    fmt, (m, n) = FORMATS[implementation.fmt], CHECKED[size]
+    fmt, (m, n), k, rank = FORMATS[implementation.fmt], CHECKED[size], CHECKED_K, CHECKED_RANK
     if implementation is FUSED_MLP:
-        first, x = random_layer(fmt, m, 256, n, device, dtype, rank=24)
-        second, _ = random_layer(fmt, m, n, 256, device, dtype, rank=40, unsigned=unsigned)
-        return compare(implementation, (x, first, second), torch_mlp(x, first, second))
-    layer, x = random_layer(fmt, m, 256, n, device, dtype, rank=24, unsigned=unsigned)
+        first, x = random_layer(fmt, m, k, n, device, dtype, rank)
+        second, _ = random_layer(fmt, m, n, k, device, dtype, rank, unsigned)
+        return compare(run(implementation, x, first, second), torch_mlp(x, first, second), implementation.tolerance_db)
+    layer, x = random_layer(fmt, m, k, n, device, dtype, rank, unsigned)
     grid = "int8" if implementation.fmt == "int4" and implementation.activations == "8 bit" else None
-    return compare(implementation, (x, layer), torch_linear(x, layer, grid))
+    return compare(run(implementation, x, layer), torch_linear(x, layer, grid), implementation.tolerance_db)
 
 
-def compare(implementation: Implementation, arguments: tuple[Any, ...], wanted: Tensor) -> str | None:
-    """What is not right about its result, in words."""
-    try:
-        found = implementation.run(*arguments).float()
-        if found.shape != wanted.shape:
-            return f"a result of shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"
-        error = float(10 * ((found - wanted).square().sum() / wanted.float().square().sum()).log10())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as failure:
-        return describe(failure)
-    if not error <= implementation.tolerance_db:  # NaN, too
-        return f"its result is {error:.0f} dB off plain torch's, {implementation.tolerance_db:.0f} dB are allowed"
+def compare(found: Tensor, wanted: Tensor, tolerance_db: float) -> str | None:
+    """What is not right about a result ``(M, N)``, as a whole or in its worst row or column, in words."""
+    if found.shape != wanted.shape:
+        return f"a result of shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"
+    power = wanted.float().square().mean()
+    error = (found.float() - wanted.float()).square() / power
+    means = {"result": error.mean(), "worst row": error.mean(1).max(), "worst column": error.mean(0).max()}
+    for what, mean in means.items():
+        db, allowed = 10 * math.log10(mean.item() or 1e-30), tolerance_db + (LINE_DB if what != "result" else 0)
+        if not db <= allowed:  # NaN, too
+            return f"its {what} is {db:.0f} dB off plain torch's, {allowed:.0f} dB are allowed"
     return None
 
 
@@ -361,19 +524,20 @@ def opaque_linear_shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 # ---- two linears with GELU between -----------------------------------------------------------------------
 
 
+MAX_SCRATCH = 64 << 20  # bytes
+
+
 def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
     """``x (M, K)``: fused where both layers take our W4A4 kernel, else one after the other."""
     shapes = shape_class(x, first, activations), shape_class(x, second, activations)
     key = (FUSED_MLP, x.device, x.dtype, shapes)
     ours = all(choice(x, layer, activations).name == "triton-w4a4" for layer in (first, second))
-    size = size_class(x.shape[0])
-    if ours and key not in REJECTED and is_right(FUSED_MLP, x.device, x.dtype, second.act_unsigned, size):
+    fits = ours and mlp_scratch(x.shape[0], first, second) < MAX_SCRATCH
+    if fits and not rejected(key) and is_right(*key[:3], second.act_unsigned, size_class(x.shape[0])):
         try:
-            return FUSED_MLP.run(x, first, second)
-        except torch.OutOfMemoryError:
-            raise
+            return run(FUSED_MLP, x, first, second)
         except Exception as error:
-            reject(key, describe(error), f" for {first.shape[1]}, {first.shape[0]} and {second.shape[0]} features")
+            reject(key, error, f" for {first.shape[1]}, {first.shape[0]} and {second.shape[0]} features")
     hidden = torch.nn.functional.gelu(run_linear(x, first, activations), approximate="tanh")
     return run_linear(hidden, second, activations)
 

@@ -5,13 +5,14 @@ Kernels run in Triton's interpreter where there is no GPU; comfy-kitchen's ops r
 
 import json
 import logging
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_svdquant.svdq_core import backends
 from comfyui_svdquant.svdq_core.formats import FORMATS, get_format
-from comfyui_svdquant.svdq_core.implementations import FUSED_MLP, IMPLEMENTATIONS, torch_linear, torch_mlp
+from comfyui_svdquant.svdq_core.implementations import FUSED_MLP, IMPLEMENTATIONS, branch, torch_linear, torch_mlp
 from comfyui_svdquant.svdq_core.linear import linear_forward
 
 from sampling import error_db
@@ -113,7 +114,49 @@ def test_what_cannot_run_is_left_out(monkeypatch):
     assert names() == ["torch"]
 
 
+@pytest.mark.parametrize(
+    ("arch", "runs"),
+    [("sm75", False), ("sm80", True), ("sm120", True), ("gfx1030", False), ("gfx1100", True), ("gfx906", False)],
+)
+def test_architectures_of_the_triton_kernels(arch, runs, kernel_device):
+    reason = IMPLEMENTATIONS["int4", "triton-w4a4"].why_not(arch)
+    assert reason is None if runs else f"not for {arch}" in reason
+
+
+def test_comfy_kitchen_is_asked_for_the_op(monkeypatch):
+    """A backend that has only other ops is no reason to take comfy-kitchen: its plain torch would run."""
+    from comfy_kitchen.backends import cuda
+    from comfy_kitchen.registry import BackendRegistry
+
+    registry = BackendRegistry()
+    registry.register("eager", cuda, dict.fromkeys(("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4")))
+    registry.register("cuda", cuda, {"quantize_svdquant_w4a4": None})
+    monkeypatch.setattr(sys.modules["comfy_kitchen.registry"], "registry", registry)
+    kitchen = IMPLEMENTATIONS["int4", "kitchen-w4a4"]
+    assert "no compiled kernels" in kitchen.why_not("sm86")
+    registry.register("cuda", cuda, dict.fromkeys(("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4")))
+    assert kitchen.why_not("sm86") is None
+
+
+def test_awq_for_many_tokens():
+    assert backends.shipped_order("sm90", "awq", backends.FEW)[0] == "triton-w4a16"
+    assert backends.shipped_order("sm90", "awq", backends.SOME) == ["torch"]
+
+
 # ---- measured --------------------------------------------------------------------------------------------
+
+
+def test_malformed_shape_keys(hopper):
+    times = {"triton-w4a4": 1.0}
+    backends.store_measurements(CPU, dict.fromkeys(("", "int4", "int4 0 a b", "int4 0 0 0", "int4 0 3072"), times))
+    assert backends.nearest_times(CPU, "int4", 0, 3072, 3072) == {}
+
+
+def test_other_kernels_are_another_device(monkeypatch):
+    before = backends.device_key(CPU)
+    assert backends.kernels_hash() in before
+    monkeypatch.setattr(backends.Path, "read_bytes", lambda path: b"changed")
+    assert backends.kernels_hash() not in before
 
 
 def test_measured_times_decide(hopper):
@@ -199,7 +242,27 @@ def fails(x, layer):
     raise RuntimeError("no kernel image is available for execution on the device\nmore lines")
 
 
+def zeroed_rows(x, layer):
+    """The last tile of rows is never written."""
+    y = torch_linear(x, layer)
+    y[-1:] = 0
+    return y
+
+
+def zeroed_columns(x, layer):
+    y = torch_linear(x, layer)
+    y[:, -1:] = 0
+    return y
+
+
+def too_large(x, layer):
+    return torch_linear(x, layer) * 1.05
+
+
 MISTAKES = {
+    zeroed_rows: "its worst row is",
+    zeroed_columns: "its worst column is",
+    too_large: "its result is -26 dB off",
     swapped_nibbles: "dB off plain torch's",
     no_branch: "dB off plain torch's",
     not_a_number: "nan dB off",
@@ -209,9 +272,9 @@ MISTAKES = {
 
 
 def replace_triton(monkeypatch, run) -> None:
-    """Register ``run`` as the first implementation, in the place of the real ones."""
+    """Register ``run`` as the first implementation, in the place of the real ones; -29 dB is what fp8 is allowed."""
     for name in ("triton-widened-int8", "triton-w4a8-int8"):
-        implementation = replace(IMPLEMENTATIONS["int4", name], run=run, activations="4 bit")
+        implementation = replace(IMPLEMENTATIONS["int4", name], run=run, activations="4 bit", tolerance_db=-29.0)
         monkeypatch.setitem(IMPLEMENTATIONS, ("int4", name), implementation)
 
 
@@ -278,6 +341,88 @@ def test_out_of_memory_is_comfyuis_business(monkeypatch, force):
     assert not backends.REJECTED
 
 
+@pytest.mark.parametrize(
+    "message",
+    ["Triton Error [CUDA]: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"],
+)
+def test_out_of_memory_in_other_words(message, monkeypatch, force):
+    force("triton-w4a8-int8")
+
+    def hungry(x, layer):
+        raise RuntimeError(message)
+
+    replace_triton(monkeypatch, hungry)
+    layer, x = layer_and_input()
+    with pytest.raises(torch.OutOfMemoryError):
+        backends.linear(x, layer)
+    assert not backends.REJECTED
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, getattr(torch, "AcceleratorError", RuntimeError)])
+def test_lost_gpu_ends_the_search(kind, monkeypatch, force):
+    """After an illegal access every later call fails: nothing else is tried, and the user is told what to do."""
+    force("triton-w4a8")
+
+    def illegal(x, layer):
+        raise kind("CUDA error: an illegal memory access was encountered")
+
+    replace_triton(monkeypatch, illegal)
+    layer, x = layer_and_input()
+    with pytest.raises(RuntimeError, match=r"triton-w4a8-int8\. Restart ComfyUI with .*SVDQUANT_BACKEND=torch"):
+        backends.linear(x, layer)
+    assert not backends.REJECTED
+
+
+def test_missing_compiler_is_said_once(monkeypatch, force, caplog):
+    force("triton-w4a8-int8")
+
+    def uncompiled(x, layer):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    replace_triton(monkeypatch, uncompiled)
+    for m, dtype, n in ((37, torch.bfloat16, 128), (3, torch.float16, 192)):
+        layer, x = layer_and_input(m=m, dtype=dtype, n=n)
+        assert torch.equal(backends.linear(x, layer), torch_linear(x, layer))
+    assert caplog.text.count("is not used on cpu (RuntimeError: Failed to find C compiler") == 1
+
+
+def test_log_says_what_runs(kernel_device, force, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    force("triton-w4a4")
+    layer, x = layer_and_input()
+    for _ in range(2):
+        backends.linear(x, layer)
+    assert caplog.text.count("int4 (activations: auto) runs through triton-w4a4 on cpu") == 1
+    assert caplog.text.count("compiling kernels for cpu, once") == 1
+    from comfyui_svdquant import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "why_not", lambda: "Triton is not installed")
+    backends.forget()
+    assert backends.choice(x, layer).name == "torch"
+    record = caplog.records[-1]
+    assert record.levelno == logging.WARNING and "not triton-w4a4: Triton is not installed" in record.getMessage()
+
+
+@pytest.mark.parametrize(("value", "meant"), [(" Triton ", "triton"), ("triton-w4a8", "triton-w4a8"), ("", "")])
+def test_what_the_variable_asks_for(value, meant, caplog):
+    assert backends.forced_by(value) == meant and not caplog.records
+
+
+def test_wrong_variable_is_ignored(caplog):
+    assert backends.forced_by("tritn") == ""
+    assert "SVDQUANT_BACKEND=tritn is ignored" in caplog.text and "triton-widened-int8" in caplog.text
+
+
+def test_unchecked_is_not_captured(monkeypatch, force, caplog):
+    """Whether a stream captures is asked of the GPU; what follows from it is the same here."""
+    force("triton-w4a8-int8")
+    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    layer, x = layer_and_input()
+    for _ in range(2):
+        assert torch.equal(backends.linear(x, layer), torch_linear(x, layer))
+    assert caplog.text.count("triton-w4a8-int8 is not used in a CUDA graph") == 1 and not backends.REJECTED
+
+
 # ---- the linear ------------------------------------------------------------------------------------------
 
 
@@ -308,6 +453,14 @@ def test_every_implementation_is_right(name, dtype, kernel_device):
     for unsigned in {False, name[0] in ("int4", "int8")}:
         size = backends.FEW if name[0] == "awq" else backends.SOME
         assert backends.check(IMPLEMENTATIONS[name], kernel_device, dtype, unsigned, size) is None
+
+
+@pytest.mark.parametrize(("rank", "padded"), [(0, 0), (4, 16), (32, 32), (40, 48)])
+def test_branch_is_filled_up(rank, padded):
+    layer, x = layer_and_input(rank=rank)
+    down, up, _ = branch(x, layer)
+    assert down.shape == (128, padded) and up.shape == (128, padded)
+    assert torch.equal(down @ up.t(), layer.proj_down @ layer.proj_up.t())
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
@@ -411,3 +564,14 @@ def test_wrong_fused_mlp_is_not_used(kernel_device, force, monkeypatch, caplog):
     for _ in range(2):
         assert torch.equal(backends.mlp(x, first, second, "auto"), backends.linear(hidden, second))
     assert caplog.text.count("triton-w4a4-mlp is not used on cpu (its result is") == 1
+
+
+def test_mlp_with_too_much_scratch_is_not_fused(kernel_device, force, monkeypatch):
+    """One place, 37 tokens, rank 40 as 48, in float32."""
+    force("triton-w4a4")
+    x, first, second = two_layers()
+    used = []
+    monkeypatch.setattr(backends, "FUSED_MLP", replace(FUSED_MLP, run=lambda *a: used.append(a) or torch_mlp(*a)))
+    monkeypatch.setattr(backends, "MAX_SCRATCH", 37 * 48 * 4)
+    backends.mlp(x, first, second, "auto")
+    assert not used
