@@ -213,14 +213,15 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types = {name: "*bf16" for name in ("weight_scale", "hidden", "proj_up", "bias", "y")}
     types |= {"act_scales": "*fp32", "weight_sum": "*i32", "M": "i32", "N": "i32:16", "K": "i32:16", "R": "i32:16"}
     constants = {"EVEN_K": True, "BLOCK_R": BLOCK_R, "GROUP_M": 8}
-    int8 = types | {"codes": "*i8", "weight": "*i8"}
+    int8, usual = types | {"codes": "*i8", "weight": "*i8"}, constants | {"weight_sum": None}
     cases = {
-        "int8": (gemm_w8a8_kernel, int8, constants, config(arch, 4608, 3072, False)),
-        "int8 medium": (gemm_w8a8_kernel, int8, constants, config(arch, 512, 3072, False)),
-        "int8 small": (gemm_w8a8_kernel, int8, constants, config(arch, 1, 3072, False)),
+        "int8": (gemm_w8a8_kernel, int8, usual, config(arch, 4608, 3072, False)),
+        "uint8": (gemm_w8a8_kernel, int8, constants, config(arch, 4608, 3072, False)),
+        "int8 medium": (gemm_w8a8_kernel, int8, usual, config(arch, 512, 3072, False)),
+        "int8 small": (gemm_w8a8_kernel, int8, usual, config(arch, 1, 3072, False)),
     }
     if has_e4m3(arch):
-        del types["weight_sum"]
         fp8 = types | {"codes": "*fp8e4nv", "weight": "*fp8e4nv"}
-        cases["fp8"] = (gemm_w8a8_kernel, fp8, constants | {"weight_sum": None}, config(arch, 4608, 3072, True))
+        for name, m in (("fp8", 4608), ("fp8 medium", 512), ("fp8 small", 1)):
+            cases[name] = (gemm_w8a8_kernel, fp8, usual, config(arch, m, 3072, True))
     return cases
