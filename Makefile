@@ -10,10 +10,10 @@ setup:
 demo: setup
 	$(BIN)/python examples/demo/run.py
 
-# pytest's stderr goes to stdout, so that `make test 2>/dev/null` ends with pytest's summary.
+# Two at a time, whole files each. pytest's stderr goes to stdout, so that `make test 2>/dev/null` ends with pytest's summary.
 test: setup
 	@$(PYTHON) tests/host/install.py --browser
-	$(BIN)/pytest $(PYTEST_ARGS) 2>&1
+	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS) 2>&1
 
 # mypy needs a folder named like the package, whatever the clone is called.
 lint: setup

@@ -411,7 +411,7 @@ class Panels:
             return Math.abs(node.size[1] - node.computeSize()[1]) < 2 && panel.clientHeight >= text.offsetHeight - 1
                 && panel.clientHeight < text.offsetHeight + 24;
         }"""
-        return bool(self.page.page.wait_for_function(script, arg=node, timeout=5000))
+        return bool(self.page.page.wait_for_function(script, arg=node))
 
 
 LOOKS = {"classic_dark": (False, "dark"), "vue_light": (True, "light")}
