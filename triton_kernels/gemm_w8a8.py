@@ -222,6 +222,6 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     }
     if has_e4m3(arch):
         fp8 = types | {"codes": "*fp8e4nv", "weight": "*fp8e4nv"}
-        for name, m in (("fp8", 4608), ("fp8 medium", 512), ("fp8 small", 1)):
+        for name, m in (("fp8", 4608), ("fp8 medium", 512)):
             cases[name] = (gemm_w8a8_kernel, fp8, usual, config(arch, m, 3072, True))
     return cases
