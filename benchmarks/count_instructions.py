@@ -40,7 +40,7 @@ On AMD a loop may be laid out in pieces: a row with hardly any "scale" shows one
 
 - convert: integer to float and the like; scale: float arithmetic (scales, quotients, GELU); unpack: bits of nibbles and
   bf16; move: registers; memory: loads and stores; rest: addresses, loop, barriers, waits.
-- regs: registers per thread; shared: bytes of shared memory (LDS) per program. No kernel spills a register
+- regs: registers per thread; shared: bytes of shared memory (LDS) per program. Of these cases none spills a register
   (`tests/test_compile_matrix.py`).
 """
 
