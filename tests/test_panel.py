@@ -188,7 +188,7 @@ def test_from_an_empty_canvas_to_a_picture(browser: Browser, server: ComfyServer
     wait_for(page, "count('.svdq-strip img') >= 1 && panel.dataset.state === 'calibrate'")
     assert count(page, ".svdq-strip > span") == 6, "one place for each prompt"
     assert re.match(r"Calibrating: prompt \d of 6", text(page, ".svdq-stage"))
-    assert re.match(r"about \d+ s left to sample", text(page, ".svdq-eta"))
+    assert re.match(r"about \d+ s, then the layers", text(page, ".svdq-eta"))
     assert count(page, "figure img[src^='data:image/jpeg']") == 1
     begun = percent(page)
     wait_for(page, "count('.svdq-strip img') >= 2")
@@ -221,7 +221,7 @@ def test_from_an_empty_canvas_to_a_picture(browser: Browser, server: ComfyServer
     assert count(page, ".svdq-kept.svdq-bar") >= solved
     assert f"{count(page, '.svdq-kept.svdq-bar')} of 32 layers were kept" in text(page, ".svdq-note")
     assert text(page, ".svdq-file") == "watched.safetensors"
-    assert page.page.locator(".svdq [role=status]").text_content() == "Done"
+    assert page.page.locator(".svdq [role=status]").text_content().startswith("Done. ")
     shown = page.evaluate("id => app.rootGraph.getNodeById(id).size[1]", quantize)
     saved = page.evaluate("id => app.rootGraph.getNodeById(id).serialize()", quantize)
     assert shown > height + 200 and abs(saved["size"][1] - height) <= 2, "the run's height is not saved"
@@ -453,7 +453,12 @@ def flux_layers() -> list[dict[str, Any]]:
 
 def test_bars_by_mouse_and_by_keyboard(page: ComfyPage):
     quantize = build(page)
-    page.evaluate("id => { const n = app.rootGraph.getNodeById(id); n.setSize([900, n.size[1]]); }", quantize)
+    script = """id => {
+        const node = app.rootGraph.getNodeById(id);
+        node.setSize([900, node.size[1]]);
+        app.canvas.selectItems([node]);
+    }"""
+    page.evaluate(script, quantize)
     skip = {"stage": "skip", "name": "double_blocks.0.odd", "reason": "96 input features are not a multiple of 64"}
     pretend(page, quantize, skip, *flux_layers())
     wait_for(page, "count('.svdq-bar') === 304")
@@ -482,11 +487,55 @@ def test_bars_by_mouse_and_by_keyboard(page: ComfyPage):
     ):
         page.page.keyboard.press(key)
         assert text(page, ".svdq-detail b") == name
+    for key in ("Delete", "Backspace"):
+        page.page.keyboard.press(key)
+    assert quantize in page.nodes(), "these keys delete the selected node, but not from in here"
     page.page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.tagName") == "SUMMARY", "then what stays 16 bit"
     page.page.keyboard.press("Enter")
     assert text(page, ".svdq-skipped li") == "double_blocks.0.odd: 96 input features are not a multiple of 64"
     assert text(page, ".svdq-skipped summary") == "1 layer stays 16 bit"
+
+
+def test_panels_live_as_long_as_their_nodes(page: ComfyPage):
+    quantize = build(page)
+    alive = "async () => (await import('/extensions/ComfyUI-SVDQuant/svdquant_panel.js')).panels.size"
+    page.evaluate("() => { for (let i = 0; i < 10; i++) LiteGraph.createNode('SVDQuantQuantize'); }")
+    assert page.evaluate(alive) == 1, "nodes that never came into the graph have none"
+    script = """id => {
+        const node = app.rootGraph.getNodeById(id);
+        app.rootGraph.remove(node);
+        app.rootGraph.add(node);
+        return node.id;
+    }"""
+    quantize = page.evaluate(script, quantize)
+    assert page.evaluate(alive) == 1
+    pretend(page, quantize, layer(0, 1, "double_blocks.0.odd"))
+    wait_for(page, "count('.svdq-bar') === 1")  # a node that comes back is followed again
+    page.evaluate("() => app.rootGraph.clear()")
+    assert page.evaluate(alive) == 0
+
+
+def test_the_button_makes_one_loader(page: ComfyPage):
+    quantize = build(page)
+    report = {"summary": "in words", "bytes": 100, "bytes_16bit": 350, "kept": 0}
+    pretend(page, quantize, layer(0, 1, "double_blocks.0.odd"), {"stage": "done", **report})
+    wait_for_state(page, "done")
+    assert page.page.locator(".svdq-stats").get_attribute("title") == "in words"
+    button = page.page.locator(".svdq button")
+    page.evaluate("() => { const b = document.querySelector('.svdq button'); b.click(); b.click(); }")
+    assert button.is_disabled()
+    page.page.wait_for_function("!document.querySelector('.svdq button').disabled")
+    (loader,) = (id for id, type in page.nodes().items() if type == "SVDQuantLoader")
+    script = """([source, target]) => {
+        const [from, to] = [source, target].map((id) => app.rootGraph.getNodeById(id));
+        from.connect(0, to, "unet_name");
+        app.canvas.deselectAll();
+    }"""
+    page.evaluate(script, [quantize, loader])
+    page.evaluate("() => document.querySelector('.svdq button').click()")
+    page.page.wait_for_function("id => app.canvas.selectedItems.has(app.rootGraph.getNodeById(id))", arg=loader)
+    assert list(page.nodes().values()).count("SVDQuantLoader") == 1, "the one that is linked is enough"
 
 
 def test_names_are_text(page: ComfyPage):
@@ -496,6 +545,7 @@ def test_names_are_text(page: ComfyPage):
     end = {"stage": "stopped", "reason": evil, "interrupted": False, "file": evil}
     pretend(page, quantize, *({**event, "file": evil} for event in events), end)
     wait_for_state(page, "stopped")
+    assert page.page.locator(".svdq [role=status]").text_content().startswith(f"Failed. {evil}")
     assert count(page, "img[src=x]") == 0 and text(page, ".svdq-note").startswith(evil)
     assert page.evaluate("window.hacked") is None
 

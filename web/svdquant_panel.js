@@ -1,15 +1,15 @@
 // The live panel in SVDQuant Quantize: attaches a view to each of these nodes and finds out which run is its own.
 import { app } from "../../scripts/app.js";
 import { element } from "./svdquant_dom.js";
+import { NO_ID, executionIds } from "./svdquant_nodes.js";
 import { follow, runs } from "./svdquant_runs.js";
 import { PanelView } from "./svdquant_view.js";
 
-const NO_ID = "00000000-0000-0000-0000-000000000000"; // what a canvas that was cleared calls its workflow
 const WIDTH = 420;
 const GAP = 40;
 const MARGIN = 8;
 const EMPTY = 36; // height of the hint, on one line
-const panels = new Set();
+export const panels = new Set(); // those of nodes in a graph: a node that never gets there is never removed either
 let frame = null;
 
 class Panel {
@@ -27,11 +27,17 @@ class Panel {
     });
     this.widget.serialize = false;
     this.#passOn();
-    this.#chain("onRemoved", () => panels.delete(this));
-    this.#chain("onSerialize", (saved) => (saved.size[1] -= this.height - EMPTY)); // a run is no part of the workflow
     const sizes = new ResizeObserver(() => this.#fit());
-    for (const section of this.view.sections) sizes.observe(section);
-    panels.add(this);
+    this.#chain("onAdded", () => {
+      for (const section of this.view.sections) sizes.observe(section);
+      panels.add(this);
+      updateAll();
+    });
+    this.#chain("onRemoved", () => {
+      sizes.disconnect();
+      panels.delete(this);
+    });
+    this.#chain("onSerialize", (saved) => (saved.size[1] -= this.height - EMPTY)); // a run is no part of the workflow
   }
 
   /** Show the newest run of this node, in this workflow. */
@@ -47,7 +53,7 @@ class Panel {
     return run === this.view.run || (!run.over && sameFile(run.file, this.node));
   }
 
-  /** The wheel and the middle button work on the canvas, over the panel too. */
+  /** The wheel and the middle button work on the canvas, over the panel too; the keys that delete the node do not. */
   #passOn() {
     const on = (type, matters, act) =>
       this.view.element.addEventListener(type, (event) => matters(event) && act(event), { passive: false });
@@ -56,6 +62,7 @@ class Panel {
       event.stopPropagation();
       app.canvas.processMouseWheel(event);
     });
+    on("keydown", ({ key }) => key === "Delete" || key === "Backspace", (event) => event.stopPropagation());
     on("pointerdown", ({ button }) => button === 1, (event) => app.canvas.processMouseDown(event));
     on("pointermove", ({ buttons }) => buttons & 4, (event) => app.canvas.processMouseMove(event));
     on("pointerup", ({ button }) => button === 1, (event) => app.canvas.processMouseUp(event));
@@ -83,35 +90,35 @@ class Panel {
   }
 }
 
-/** The ids under which the server runs a node: "5", or "3:5" inside a subgraph, one for each use of that subgraph. */
-function executionIds(node) {
-  const found = [];
-  const visit = (graph, path) => {
-    if (graph === node.graph) found.push([...path, node.id].join(":"));
-    for (const inner of graph.nodes) if (inner.subgraph) visit(inner.subgraph, [...path, inner.id]);
-  };
-  visit(node.graph.rootGraph, []);
-  return found;
-}
-
 function sameFile(file, node) {
   const wanted = node.widgets.find((widget) => widget.name === "file_name")?.value;
   const plain = (name) => String(name).trim().replaceAll("\\", "/").replace(/\.safetensors$/, "");
   return plain(file) === plain(wanted);
 }
 
-/** Put a loader for `file` on the canvas, right of the node and clear of others, and select it. */
+/** Select the loader that takes its file from this node; without one, put one for `file` on the canvas. */
 async function addLoader(node, file) {
+  const { graph } = node;
+  const loader = linkedLoader(node) ?? (await newLoader(node, graph, file));
+  app.canvas.selectItems([loader]);
+  if (!onScreen(loader)) app.canvas.centerOnNode(loader);
+}
+
+function linkedLoader({ graph, outputs }) {
+  const links = (outputs[0].links ?? []).map((id) => graph.getLink(id));
+  return links.map((link) => graph.getNodeById(link.target_id)).find((other) => other?.type === "SVDQuantLoader");
+}
+
+/** Right of the node and clear of others. */
+async function newLoader(node, graph, file) {
   await app.refreshComboInNodes(); // the file is new: no list has it yet
   const loader = window.LiteGraph.createNode("SVDQuantLoader");
-  const { graph } = node;
   graph.beforeChange();
   loader.pos = freePlace(graph, [node.pos[0] + node.size[0] + GAP, node.pos[1]], loader.size);
   graph.add(loader);
   loader.widgets.find((widget) => widget.name === "unet_name").value = file;
   graph.afterChange();
-  app.canvas.selectItems([loader]);
-  if (!onScreen(loader)) app.canvas.centerOnNode(loader);
+  return loader;
 }
 
 function onScreen({ pos, size }) {
@@ -148,7 +155,6 @@ app.registerExtension({
     new Panel(node);
     const [width, height] = node.computeSize();
     node.setSize([Math.max(WIDTH, width), height]);
-    updateAll();
   },
   afterConfigureGraph: updateAll,
 });

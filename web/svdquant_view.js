@@ -9,11 +9,15 @@ const PLOT_HEIGHT = 140; // at least
 const PARTS = { calibrate: "Calibrate", solve: "Solve", write: "Write" };
 
 export class PanelView {
-  /** `onLoad(file)` is called by the button that asks for a loader. */
+  /** `onLoad(file)` is called by the button that asks for a loader, which waits until that has ended. */
   constructor(onLoad) {
     this.chart = new ErrorChart();
     this.#build();
-    this.button.addEventListener("click", () => onLoad(this.run.file));
+    this.button.addEventListener("click", async (event) => {
+      event.stopPropagation(); // it would select the node after the loader
+      this.button.disabled = true;
+      await onLoad(this.run.file).finally(() => (this.button.disabled = false));
+    });
     this.show(null);
   }
 
@@ -96,9 +100,10 @@ export class PanelView {
   #showStage(run) {
     const [words, detail] = stageOf(run);
     this.stage.textContent = detail ? `${words}: ${detail}` : words;
-    if (this.live.textContent !== words) this.live.textContent = words; // not for every layer
-    this.note.textContent = noteOf(run);
-    this.note.hidden = !this.note.textContent;
+    const note = noteOf(run);
+    setText(this.live, run.over ? [words, note].filter(Boolean).join(". ") : words); // not for every layer
+    this.note.textContent = note;
+    this.note.hidden = !note;
     const shares = sharesOf(run);
     this.bars.forEach((bar, i) => bar.style.setProperty("--share", shares[i]));
     const whole = Math.round(100 * (0.5 * shares[0] + 0.47 * shares[1] + 0.03 * shares[2]));
@@ -163,6 +168,7 @@ export class PanelView {
       this.stats.replaceChildren(...tiles.map(() => element("div", {}, element("dt"), element("dd"), element("dd"))));
     }
     tiles.forEach((words, i) => words.forEach((word, j) => setText(this.stats.children[i].children[j], word)));
+    this.stats.title = run.summary ?? "";
     this.stats.lastChild.title = run.worst.name;
   }
 }
@@ -210,6 +216,6 @@ function sharesOf(run) {
 function timeOf(run) {
   if (run.stage === "done") return run.before ? "" : `in ${duration(run.seconds)}`;
   if (run.over || !Number.isFinite(run.eta)) return "";
-  const left = `about ${duration((run.eta - Date.now()) / 1000)} left`;
-  return run.stage === "calibrate" ? `${left} to sample` : left;
+  const left = `about ${duration((run.eta - Date.now()) / 1000)}`;
+  return run.stage === "calibrate" ? `${left}, then the layers` : `${left} left`;
 }

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from contextlib import suppress
@@ -56,7 +57,9 @@ class ComfyPage:
         self.errors: list[str] = []
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        server.post("/settings", SETTINGS | settings)
+        kept = server.base / "user" / "default" / "comfy.settings.json"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(SETTINGS | settings), "utf-8")  # posting would leave what other tests have set
         self.page.goto(server.url)
         self.ready()
         self.clear()
