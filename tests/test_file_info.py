@@ -403,13 +403,19 @@ class Panels:
         return self.page.evaluate(script, [kind, x, y])
 
     def fits(self, node: int) -> bool:
-        """Whether the node is as high as it must be, and the panel as high as its text."""
+        """Whether the node is as high as it must be, and the panel as high as its text.
+
+        Nodes 2.0 measures its nodes: there the panel must end near where the node does.
+        """
         script = """id => {
             const node = app.rootGraph.getNodeById(id);
             const panel = node.widgets.find(w => w.name === "svdquant_info").element;
             const text = panel.firstElementChild;
-            return Math.abs(node.size[1] - node.computeSize()[1]) < 2 && panel.clientHeight >= text.offsetHeight - 1
-                && panel.clientHeight < text.offsetHeight + 24;
+            const bottom = element => element.getBoundingClientRect().bottom;
+            const drawn = document.querySelector(`[data-node-id="${id}"]`);
+            const below = drawn && bottom(drawn) - bottom(panel);
+            const fits = drawn ? below >= 0 && below < 64 : Math.abs(node.size[1] - node.computeSize()[1]) < 2;
+            return fits && panel.clientHeight >= text.offsetHeight - 1 && panel.clientHeight < text.offsetHeight + 24;
         }"""
         return bool(self.page.page.wait_for_function(script, arg=node))
 
