@@ -80,7 +80,7 @@ def test_free_and_reload(comfyui: ComfyServer):
     graph = prompt("small_int4.safetensors")
     first = run(comfyui, graph)
     loads = comfyui.log().count("model weight dtype")
-    comfyui.post("/free", {"unload_models": True, "free_memory": True})
+    comfyui.free(unload_models=True, free_memory=True)
     assert torch.equal(run(comfyui, graph), first)
     assert comfyui.log().count("model weight dtype") == loads + 1
 
@@ -88,7 +88,7 @@ def test_free_and_reload(comfyui: ComfyServer):
 def test_unload_keeps_the_model(comfyui: ComfyServer):
     """/free with unload_models alone: the model goes to the CPU and comes back."""
     first = run(comfyui, prompt("small_int4.safetensors"))
-    comfyui.post("/free", {"unload_models": True})
+    comfyui.free(unload_models=True)
     graph = prompt("small_int4.safetensors")
     graph["save"]["inputs"]["filename_prefix"] = "again"
     graph["latent"]["inputs"]["batch_size"] = 2

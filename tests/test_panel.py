@@ -326,7 +326,7 @@ def test_a_job_that_was_finished_before(server: ComfyServer, page: ComfyPage):
     page.run()
     wait_for_state(page, "done")
     assert count(page, ".svdq-strip img") == 2
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.free(unload_models=True, free_memory=True)
     page.run()
     wait_for(page, "panel.querySelector('.svdq-stage').textContent === 'Done before: 32 layers'")
     assert count(page, ".svdq-bar") == 32 and not count(page, ".svdq-strip img")

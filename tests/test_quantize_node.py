@@ -110,7 +110,7 @@ def test_prompts_to_file_to_loader_to_sample(server, models):
 def test_the_same_job_again_ends_at_once_and_another_replaces_it(server, models):
     server.run(graph(file_name="again"))
     before = digest(written(server, "again")), written(server, "again").stat().st_mtime_ns
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.free(unload_models=True, free_memory=True)
     since = len(server.events.seen)
     history = server.run(graph(file_name="again"))
     assert (digest(written(server, "again")), written(server, "again").stat().st_mtime_ns) == before

@@ -283,6 +283,15 @@ class ComfyServer:
     def run(self, prompt: dict, timeout: float = 300, extra_data: dict | None = None) -> dict:
         return self.wait(self.queue(prompt, extra_data), timeout)
 
+    def free(self, **what: bool) -> None:
+        """Post to /free, and return when it is done: ComfyUI does it between prompts, after one that came too soon."""
+        self.post("/free", what)
+        image = {"width": 8, "height": 8, "batch_size": 1, "color": 0}
+        self.run({
+            "1": {"class_type": "EmptyImage", "inputs": image},
+            "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+        })  # fmt: skip
+
     def interrupt(self) -> None:
         self.post("/interrupt", {})
 
