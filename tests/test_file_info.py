@@ -381,7 +381,7 @@ class Panels:
             const said = app.rootGraph.getNodeById(id).widgets.find(w => w.name === "svdquant_info").element.innerText;
             return words.every(word => said.includes(word)) && !said.includes(without) && said;
         }"""
-        return self.page.page.wait_for_function(script, arg=[node, [*words], without], timeout=10_000).json_value()
+        return self.page.page.wait_for_function(script, arg=[node, [*words], without], timeout=60_000).json_value()
 
     def set(self, node: int, widget: str, value: object) -> None:
         script = "([id, name, v]) => { app.rootGraph.getNodeById(id).widgets.find(w => w.name === name).value = v }"
@@ -571,4 +571,4 @@ def test_the_canvas_below_keeps_its_wheel(panels: Panels):
     panels.says(node, "preset balanced")
     page.page.mouse.move(450, 380)
     page.page.mouse.wheel(0, -120)
-    page.page.wait_for_function("() => app.canvas.ds.scale > 1", timeout=5000)
+    page.page.wait_for_function("() => app.canvas.ds.scale > 1")

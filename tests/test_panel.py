@@ -322,7 +322,7 @@ def test_inside_a_subgraph(browser: Browser, server: ComfyServer):
 
 def test_a_job_that_was_finished_before(server: ComfyServer, page: ComfyPage):
     """Its file is there: the run ends at once, and the chart comes from the file."""
-    build(page, file_name="again")
+    build(page, file_name="finished")
     page.run()
     wait_for_state(page, "done")
     assert count(page, ".svdq-strip img") == 2
