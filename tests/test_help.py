@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
+from playwright.sync_api import TimeoutError
 
 from host.browser import Browser, ComfyPage
 from host.install import ROOT
@@ -89,12 +91,16 @@ def show_help(page: ComfyPage, node: str, title: str) -> str:
     """Select a node of that type, press the i, and return what the help says."""
     page.clear()
     page.evaluate("type => app.rootGraph.add(Object.assign(LiteGraph.createNode(type), {pos: [300, 200]}))", node)
-    page.page.mouse.click(420, 185)  # its title
     help = page.page.locator(".node-help-content")
-    if not help.is_visible():
-        page.page.locator("[data-testid=info-button]").click()
-    help.locator("h1", has_text=re.compile(f"^{re.escape(title)}$")).wait_for()
-    return help.inner_text()
+    heading = help.locator("h1", has_text=re.compile(f"^{re.escape(title)}$"))
+    for _ in range(10):  # a busy canvas may not have drawn the node yet
+        page.page.mouse.click(420, 185)  # its title
+        with suppress(TimeoutError):
+            if not help.is_visible():
+                page.page.get_by_test_id("info-button").click(timeout=3000)
+            heading.wait_for(timeout=3000)
+            return help.inner_text()
+    raise AssertionError(f"no help for {node}")
 
 
 @each_language
