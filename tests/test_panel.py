@@ -324,7 +324,7 @@ def test_a_job_that_was_finished_before(server: ComfyServer, page: ComfyPage):
     """Its file is there: the run ends at once, and the chart comes from the file."""
     build(page, file_name="finished")
     page.run()
-    wait_for_state(page, "done")
+    wait_for(page, "panel.dataset.state === 'done' && panel.textContent.includes('finished.safetensors')")  # not before
     assert count(page, ".svdq-strip img") == 2
     server.free(unload_models=True, free_memory=True)
     page.run()
