@@ -31,10 +31,15 @@ from .implementations import FUSED_MLP, IMPLEMENTATIONS, Implementation, mlp_scr
 from .linear import QuantizedLinear, linear_forward
 
 
+def begins_with(name: str, beginning: str) -> bool:
+    """Whether ``beginning`` is an implementation's name, or the beginning of it up to a dash."""
+    return f"{name}-".startswith(f"{beginning}-")
+
+
 def forced_by(value: str) -> str:
     """What SVDQUANT_BACKEND asks for; nothing, and a word in the log, if no name begins so."""
     value, names = value.strip().lower(), sorted({name for _, name in IMPLEMENTATIONS})
-    if value and not any(f"{name}-".startswith(f"{value}-") for name in names):
+    if value and not any(begins_with(name, value) for name in names):
         logging.warning(
             "SVDQuant: SVDQUANT_BACKEND=%s is ignored: it takes torch, triton, kitchen or one of %s.",
             value, ", ".join(names),
@@ -92,13 +97,16 @@ def measurements_file() -> Path:
     return Path(base or Path.home() / ".cache") / "svdquant" / "measured.json"
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @cache
 def device_key(device: torch.device) -> str:
     """What measured times are valid for: the device and every version that matters."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     libraries = ("torch", "triton", "triton-windows", "comfy-kitchen")
     versions = [f"{each} {found}" for each in libraries if (found := installed_version(each))]
-    return "; ".join([f"{name} ({device_arch(device)})", *versions, TOOL, f"kernels {kernels_hash()}"])
+    return "; ".join([f"{device_name(device)} ({device_arch(device)})", *versions, TOOL, f"kernels {kernels_hash()}"])
 
 
 def kernels_hash() -> str:
@@ -182,7 +190,7 @@ def ranked(
     names = sorted(shipped_order(arch, fmt, size), key=lambda name: times.get(name, math.inf))  # stable
     every = [IMPLEMENTATIONS[fmt, name] for name in names]
     if forced or arch == "cpu":
-        every = [i for i in every if f"{i.name}-".startswith(f"{forced or 'torch'}-")]
+        every = [i for i in every if begins_with(i.name, forced or "torch")]
     wanted = [i for i in every if fmt != "int4" or activations in ("auto", i.activations)] or every
     usable = [i for i in wanted if i.why_not(arch) is None and i.takes(k, n)]
     usable.append(IMPLEMENTATIONS[fmt, "torch-w4a8" if (fmt, activations) == ("int4", "8 bit") else "torch"])
@@ -241,10 +249,6 @@ def say_once(level: int, message: str, *about: Any) -> None:
         logging.log(level, message, *about)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
 def announce(chosen: Implementation, device: torch.device, shape: tuple[str, str, int, int, int]) -> None:
     """Say what runs, and what does not for which reason, at the first choice for a format."""
     fmt, activations = shape[:2]
@@ -254,7 +258,7 @@ def announce(chosen: Implementation, device: torch.device, shape: tuple[str, str
     passed = skipped(chosen, device, shape)
     reasons = "".join(f"; not {name}: {reason}" for name, reason in passed.items())
     level, warned = logging.INFO, set(passed.values()) & set(REJECTED.values())
-    if FORCED and passed and not warned and not f"{chosen.name}-".startswith(f"{FORCED}-"):
+    if FORCED and passed and not warned and not begins_with(chosen.name, FORCED):
         level, reasons = logging.WARNING, f", although SVDQUANT_BACKEND asks for {FORCED}{reasons}"
     elif device.type == "cuda" and chosen.library == "torch" and "Triton is not installed" in passed.values():
         level = logging.WARNING
@@ -273,7 +277,7 @@ def skipped(chosen: Implementation, device: torch.device, shape: tuple[str, str,
         implementation = IMPLEMENTATIONS[fmt, name]
         if name == chosen.name:
             break
-        if not f"{name}-".startswith(f"{FORCED or name}-") or (
+        if not begins_with(name, FORCED or name) or (
             not FORCED and fmt == "int4" and activations not in ("auto", implementation.activations)
         ):
             continue

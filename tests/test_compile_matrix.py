@@ -25,6 +25,7 @@ NVFP4 = {
 NONE = {"": ""}  # bound by memory: no matrix units
 
 TWIN = "sm86"  # compiled as sm89 is: the same tiles, instructions and limits, but for e4m3
+COMPILED = [arch for arch in ARCHS if arch != TWIN]
 
 # The instruction that every case of a kernel must have, by the longest prefix of the architecture.
 MATRIX: dict[str, dict[str, str]] = {
@@ -45,13 +46,13 @@ MATRIX: dict[str, dict[str, str]] = {
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict]]:
     """The results of a kernel file. The files that tests ask for are compiled at once, two at a time."""
     asked = {item.callspec.params.get("file") for item in request.session.items if hasattr(item, "callspec")}
-    cache, archs = tmp_path_factory.mktemp("triton"), [arch for arch in ARCHS if arch != TWIN]
+    cache = tmp_path_factory.mktemp("triton")
     with ThreadPoolExecutor(2) as pool:
-        running = {file: pool.submit(compile_files, [file], cache, archs) for file in MATRIX if file in asked}
+        running = {file: pool.submit(compile_files, [file], cache, COMPILED) for file in MATRIX if file in asked}
         yield lambda file: running[file].result()
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != TWIN])
+@pytest.mark.parametrize("arch", COMPILED)
 @pytest.mark.parametrize("file", MATRIX)
 def test_compiles(compiled: Callable[[str], list[dict[str, Any]]], file: str, arch: str):
     results = [r for r in compiled(file) if r["arch"] in (arch, "")]

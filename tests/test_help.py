@@ -51,7 +51,6 @@ def chinese(server: ComfyServer, browser: Browser) -> Iterator[ComfyPage]:
     page = browser.open(server, settings={"Comfy.Locale": "zh"})
     yield page
     page.close()
-    server.post("/settings", {"Comfy.Locale": "en"})
 
 
 def test_every_node_has_a_page(ours: dict):

@@ -571,4 +571,3 @@ def test_nodes_2_and_themes(browser: Browser, server: ComfyServer, palette: str)
     assert (light < 300) == (palette == "light"), "dark text on light, light text on dark"
     assert page.errors == []
     page.close()
-    server.post("/settings", {"Comfy.VueNodes.Enabled": False, "Comfy.ColorPalette": "dark"})

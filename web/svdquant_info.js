@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { bytes, decibels, element, ratio } from "./svdquant_dom.js";
-import { isAbout } from "./svdquant_nodes.js";
+import { chain, isAbout } from "./svdquant_nodes.js";
 
 const WIDTH = 340;
 const SHEET_WIDTH = 460;
@@ -39,22 +39,14 @@ class InfoPanel {
     this.widget.serialize = false;
     const sizes = new ResizeObserver(() => this.#fit());
     // A copy goes through a node that is on no canvas, and would never be removed from one.
-    this.#chain("onAdded", () => {
+    chain(node, "onAdded", () => {
       sizes.observe(this.content);
       panels.add(this);
     });
-    this.#chain("onRemoved", () => {
+    chain(node, "onRemoved", () => {
       sizes.disconnect();
       panels.delete(this);
     });
-  }
-
-  #chain(name, added) {
-    const before = this.node[name];
-    this.node[name] = function (...args) {
-      before?.apply(this, args);
-      added();
-    };
   }
 
   /** Show what the widgets and links say now; nothing happens while they say the same. */

@@ -1,4 +1,4 @@
-// Which node on the canvas an event of the server is about.
+// Nodes on the canvas: which of them an event of the server is about, and what happens to them.
 
 export const NO_ID = "00000000-0000-0000-0000-000000000000"; // what a canvas that was cleared calls its workflow
 
@@ -17,4 +17,13 @@ export function executionIds(node) {
 export function isAbout(node, { node: id, workflow }) {
   if (!node.graph || !executionIds(node).includes(String(id))) return false;
   return !workflow || workflow === NO_ID || workflow === node.graph.rootGraph.id;
+}
+
+/** Call `added` after a node's own callback `name`, with the same arguments. */
+export function chain(node, name, added) {
+  const before = node[name];
+  node[name] = function (...args) {
+    before?.apply(this, args);
+    added(...args);
+  };
 }

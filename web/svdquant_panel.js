@@ -1,7 +1,7 @@
 // The live panel in SVDQuant Quantize: attaches a view to each of these nodes and finds out which run is its own.
 import { app } from "../../scripts/app.js";
 import { element } from "./svdquant_dom.js";
-import { NO_ID, executionIds } from "./svdquant_nodes.js";
+import { NO_ID, chain, executionIds } from "./svdquant_nodes.js";
 import { follow, runs } from "./svdquant_runs.js";
 import { PanelView } from "./svdquant_view.js";
 
@@ -28,16 +28,16 @@ class Panel {
     this.widget.serialize = false;
     this.#passOn();
     const sizes = new ResizeObserver(() => this.#fit());
-    this.#chain("onAdded", () => {
+    chain(node, "onAdded", () => {
       for (const section of this.view.sections) sizes.observe(section);
       panels.add(this);
       updateAll();
     });
-    this.#chain("onRemoved", () => {
+    chain(node, "onRemoved", () => {
       sizes.disconnect();
       panels.delete(this);
     });
-    this.#chain("onSerialize", (saved) => (saved.size[1] -= this.height - EMPTY)); // a run is no part of the workflow
+    chain(node, "onSerialize", (saved) => (saved.size[1] -= this.height - EMPTY)); // a run is no part of the workflow
   }
 
   /** Show the newest run of this node, in this workflow. */
@@ -66,14 +66,6 @@ class Panel {
     on("pointerdown", ({ button }) => button === 1, (event) => app.canvas.processMouseDown(event));
     on("pointermove", ({ buttons }) => buttons & 4, (event) => app.canvas.processMouseMove(event));
     on("pointerup", ({ button }) => button === 1, (event) => app.canvas.processMouseUp(event));
-  }
-
-  #chain(name, added) {
-    const before = this.node[name];
-    this.node[name] = function (...args) {
-      before?.apply(this, args);
-      added(...args);
-    };
   }
 
   /** Make room for what there is to show, and give back what is not needed any more. */
