@@ -26,14 +26,20 @@ from sampling import load
 
 DEMO = ROOT / "examples" / "demo"
 
-# Kernels run on the GPU where there is one and in Triton's interpreter elsewhere: to be said before Triton is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ptx", metavar="sm89", help="compile the kernels for this GPU and run their PTX on the CPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels run on the GPU where there is one, else in Triton's interpreter: to be said before Triton is imported."""
+    if not torch.cuda.is_available() and not config.getoption("--ptx"):
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
-def kernel_device() -> Iterator[torch.device]:
-    """Where kernels run in this process: on the GPU, compiled, or on the CPU, interpreted.
+def kernel_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where kernels run in this process: on the GPU, compiled, or on the CPU, interpreted or (``--ptx``) as PTX.
 
     Whoever imports Triton before `conftest.py` spoils the choice, so the test fails then: it does not skip.
     """
@@ -41,6 +47,12 @@ def kernel_device() -> Iterator[torch.device]:
         if sys.platform == "linux":
             pytest.fail("Triton is missing, which torch brings on Linux.")
         pytest.skip("needs Triton, which torch does not bring on this system")
+    if arch := request.config.getoption("--ptx"):
+        from ptx.driver import pretend
+
+        with pretend(arch):
+            yield torch.device("cpu")
+        return
     if torch.cuda.is_available():
         yield torch.device("cuda")
         return

@@ -75,6 +75,12 @@ def test_any_shape(on, m, n, groups, rank, dtype, with_bias, seed):
     check(arguments | ({} if with_bias else {"bias": None}), on)
 
 
+@pytest.mark.ptx
+def test_full_size_tiles(on):
+    """Ragged, with the tiles of a large layer."""
+    check(draw(150, 140, 320, 32, torch.bfloat16, 1), on)
+
+
 def test_every_product_of_code_and_scale_is_exact(on):
     """One nonzero weight a row makes y that weight times a power of two: all 16 codes under all positive scales."""
     from comfyui_svdquant.triton_kernels.gemm_nvfp4 import gemm_nvfp4

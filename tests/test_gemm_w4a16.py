@@ -65,6 +65,7 @@ def test_any_shape(on, m, n, groups, rank, dtype, with_bias, seed):
     check(arguments | ({} if with_bias else {"bias": None}), on)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_outliers_and_nan(on, dtype):
     from comfyui_svdquant.triton_kernels.gemm_w4a16 import gemm_w4a16

@@ -70,6 +70,13 @@ def test_any_shape(on, m, n, groups, rank, dtype, unsigned, bias, seed):
     check(a if bias else a | {"bias": None}, unsigned, on)
 
 
+@pytest.mark.ptx
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_full_size_tiles(on, unsigned):
+    """Ragged, with the tiles of a large layer."""
+    check(draw(150, 70, 320, 32, torch.bfloat16, 1, unsigned), unsigned, on)
+
+
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_the_largest_codes_do_not_overflow(on, unsigned):
     a = draw(16, 16, 256, 0, torch.float32, 0, unsigned)
@@ -148,6 +155,7 @@ def test_custom_op_is_well_formed(on):
     torch.library.opcheck(gemm_w4a4, (*a[:-1], None, True))
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_whole_linear_is_the_reference(on, dtype, unsigned):

@@ -80,6 +80,12 @@ def test_any_shape(on, m, n, groups, rank, next_rank, dtype, unsigned, bias, see
     check(a if bias else a | {"bias": None}, unsigned, on)
 
 
+@pytest.mark.ptx
+def test_full_size_tiles(on):
+    """Ragged, with the tiles of a large layer, and both branches."""
+    check(draw(150, 128, 192, 32, 32, torch.bfloat16, 1), True, on)
+
+
 def test_large_values_of_either_sign(on):
     a = draw(8, 64, 64, 0, 16, torch.float32, 0)
     a["bias"] = torch.linspace(-2000, 2000, 64)

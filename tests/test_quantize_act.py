@@ -98,6 +98,7 @@ def test_ties_round_to_even(on, unsigned):
     check(x, torch.ones(64), torch.zeros(64, 16), unsigned, on)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_stay_in_their_group(on, bad, dtype):
@@ -166,7 +167,8 @@ def test_norm_and_modulation_in_front(on, batch, tokens, groups, dtype, mean, se
     args = (x, scale, shift, smooth, down)
     codes, scales, hidden = (t.cpu() for t in quantize_act_norm(*(t.to(on) for t in args), False))
     wide = torch.nn.functional.layer_norm(x.double(), x.shape[1:], eps=1e-6)
-    wide = wide * (1 + scale.double().repeat_interleave(tokens, 0)) + shift.double().repeat_interleave(tokens, 0)
+    factor = 1 + scale.double().repeat_interleave(tokens, 0)
+    wide = wide * factor + shift.double().repeat_interleave(tokens, 0)
     y = wide.to(x.dtype)
     found = (unpack_int4(codes).unflatten(-1, (-1, 64)) * scales.float().unsqueeze(-1)).flatten(-2)
     wanted = INT4.round_activations(y.float() / smooth.float(), x.dtype)
@@ -174,5 +176,6 @@ def test_norm_and_modulation_in_front(on, batch, tokens, groups, dtype, mean, se
     assert ((found - wanted).abs() <= 1.02 * step).all()  # a code next to the reference's at most
     if x.dtype != torch.float32:
         assert (found == wanted).double().mean() > 0.9
-    slack = torch.finfo(x.dtype).eps * (y.double().abs() @ down.double().abs()) + 1e-5
+    # GPUs divide by K to two units in the last place, which moves the mean of a row
+    slack = (torch.finfo(x.dtype).eps * y.double().abs() + (mean + 1) * 2.0**-21 * factor.abs()) @ down.double().abs()
     assert ((hidden.double() - y.double() @ down.double()).abs() <= slack).all()

@@ -77,6 +77,7 @@ def test_any_values(on, values, dtype, shifted, seed):
     check(torch.tensor(values).reshape(2, 48).to(x.dtype), smooth, down, shifted, on)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_ties_zeros_outliers_and_nan(on, dtype):
     """λ = 1 and a largest value of 6 put every quarter on a tie of e2m1; 6 · s for all e4m3 scales s, and between."""

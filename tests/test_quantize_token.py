@@ -3,9 +3,11 @@
 import pytest
 import torch
 from comfyui_svdquant.svdq_core.formats import GELU_SHIFT, get_format
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fp8 import need, rounds_to, runs
 
 INT8 = get_format("int8")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,8 +38,8 @@ def check(x: Tensor, smooth: Tensor, down: Tensor, kind: str, unsigned: bool, on
     finite = wanted.isfinite()
     if kind == "fp8":
         # no format defines it: the product with the IEEE reciprocal, rounded to nearest even, saturating
-        e4m3 = (smoothed * (1 / wanted).unsqueeze(1)).clamp(-448, 448).to(torch.float8_e4m3fn)
-        assert torch.equal(codes.float()[finite], e4m3.float()[finite])
+        exact = (smoothed * (1 / wanted).unsqueeze(1)).clamp(-448, 448)
+        assert rounds_to(codes, exact)[finite].all()
     else:
         # bit for bit what the format rounds to; a row that is NaN there has scale NaN here, whatever its codes
         values = (codes.float() + (128 if kind == "uint8" else 0)) * scales.unsqueeze(1)
@@ -73,6 +75,7 @@ def check_hidden(hidden: Tensor, x: Tensor, down: Tensor) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_size_of_values(on, m, k, rank, dtype, case, magnitude, seed):
+    assume(runs(case[0], on))
     x, smooth, down = draw(m, k, rank, DTYPES[dtype], seed)
     check((x.float() * magnitude).to(x.dtype), smooth, down, *case, on)
 
@@ -85,14 +88,17 @@ def test_any_shape_and_size_of_values(on, m, k, rank, dtype, case, magnitude, se
     seed=st.integers(0, 2**31),
 )
 def test_any_values(on, values, dtype, case, seed):
+    assume(runs(case[0], on))
     x, smooth, down = draw(2, 48, 16, DTYPES[dtype], seed)
     check(torch.tensor(values).reshape(2, 48).to(x.dtype), smooth, down, *case, on)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize(("kind", "unsigned"), CASES)
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_ties_zeros_outliers_infinity_and_nan(on, kind, unsigned, dtype):
     """λ = 1 and a largest value of the grid's limit put every half on a tie."""
+    need(kind, on)
     limit = {"int8": 127.0, "uint8": 255.0, "fp8": 448.0}[kind]
     x = torch.arange(128).sub(60).div(2).repeat(6, 1)
     x[:, 0] = limit

@@ -4,9 +4,11 @@ import pytest
 import torch
 from comfyui_svdquant.svdq_core.formats import get_format
 from comfyui_svdquant.svdq_core.packing import pack_int4, unpack_int4
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fp8 import need, rounds_to, runs
 
 INT4 = get_format("int4")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,10 +29,9 @@ def check(weight: Tensor, weight_scale: Tensor, kind: str, on: torch.device) -> 
     wanted = (codes.abs().amax(dim=2) * scale.abs()).amax(dim=1) / (448 if kind == "fp8" else 127)
     wanted = torch.where(wanted == 0, 1.0, wanted)
     assert torch.equal(row_scale, wanted)
-    values = (codes * (scale / wanted.unsqueeze(1)).unsqueeze(2)).flatten(1)
+    values = (codes.double() * (scale / wanted.unsqueeze(1)).double().unsqueeze(2)).flatten(1)
     if kind == "fp8":
-        e4m3 = values.clamp(-448, 448).to(torch.float8_e4m3fn)
-        assert torch.equal(w8.view(torch.uint8), e4m3.view(torch.uint8)) and weight_sum.numel() == 0
+        assert rounds_to(w8, values.float().clamp(-448, 448)).all() and weight_sum.numel() == 0
     else:
         assert torch.equal(w8, values.round().to(torch.int8))
         assert torch.equal(weight_sum, w8.sum(dim=1, dtype=torch.int32))
@@ -48,6 +49,7 @@ def check(weight: Tensor, weight_scale: Tensor, kind: str, on: torch.device) -> 
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_spread_of_scales(on, n, groups, dtype, kind, spread, seed):
+    assume(runs(kind, on))
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (n, groups * 64), generator=g)
     scale = 10 ** (spread * (torch.rand(groups, n, generator=g) - 0.5)) * 1e-2
@@ -58,9 +60,11 @@ def test_any_shape_and_spread_of_scales(on, n, groups, dtype, kind, spread, seed
     assert ((widened - exact).abs() <= room * (1 + 1e-5)).all()
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize(("kind", "decibels"), [("int8", -40.0), ("fp8", -31.0)])
 def test_the_loss_is_far_below_that_of_four_bits(on, kind, decibels):
     """Gaussian weights, whose 4-bit rounding is at -19 dB."""
+    need(kind, on)
     w = torch.randn(48, 1024, generator=torch.Generator().manual_seed(0))
     codes, scales = INT4.round_weight(w, torch.bfloat16)
     tensors = INT4.pack(codes, scales, torch.bfloat16, torch.ones(()))

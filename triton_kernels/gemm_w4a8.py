@@ -32,7 +32,7 @@ def config(part: str, m: int) -> dict[str, int]:
     if part == "cpu":
         return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
     if m <= 32:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     if part == "sm90":
         return {"BLOCK_M": 256, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
     if part.startswith(("gfx", "sm10")):
@@ -190,4 +190,5 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     }
     if has_e4m3(arch):
         cases["fp8"] = (gemm_w4a8_kernel, types | {"codes": "*fp8e4nv"}, constants, config(arch, 4608))
+        cases["fp8 small"] = (gemm_w4a8_kernel, types | {"codes": "*fp8e4nv"}, constants, config(arch, 1))
     return cases

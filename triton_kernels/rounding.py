@@ -39,6 +39,12 @@ def round_half_even(v):
 
 
 @triton.jit
+def round_product(a, b):
+    """Nearest int32 of the exact ``a b``, ``|a b| < 2**22``. Said as an FMA, which compilers make of it or not."""
+    return tl.fma(a, b, MAGIC).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
 def safe_scale(scale):
     """One for zero, so that division is safe; NaN for infinity, so that the row is NaN as in a plain implementation."""
     scale = tl.where(scale == 0.0, 1.0, scale)

@@ -2,7 +2,8 @@
 
     value     = code · weight_scale                               float32, exact for bf16 and fp16 scales
     row_scale = absmax over the row of |value| / 127 (int8) or / 448 (fp8)
-    w8        = round(code · (weight_scale / row_scale))          half to even; the ratio is one float32 per group
+    w8        = round(code · (weight_scale / row_scale))          half to even; the ratio is one float32 per group,
+                                                                  int8 rounds its exact product
     weight_sum = Σ_k w8                                           int8 only: for ``uint8`` activations
 
 ``weight (N, K/2)`` int8 or uint8, low nibble = even column, two's complement; ``weight_scale (K/64, N)``. Returns
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, expect
-from .rounding import expect_e4m3, has_e4m3, magnitude_bits, round_half_even, safe_scale
+from .rounding import expect_e4m3, has_e4m3, magnitude_bits, round_product, safe_scale
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # 16 rows x 4 groups: 2 KB of nibbles, 16 values a thread. By register count, not measured.
@@ -64,11 +65,11 @@ def widen_w4_kernel(
     for group in range(0, K // 64, GROUPS):
         low, high = load_nibbles(weight, rows, N, group, K, GROUPS)
         ratio = tl.div_rn(load_scales(weight_scale, rows, N, group, K, GROUPS), scale[:, None])[:, :, None]
-        low, high = low.to(tl.float32) * ratio, high.to(tl.float32) * ratio
+        low, high = low.to(tl.float32), high.to(tl.float32)
         if KIND == "fp8":
-            pair = tl.join(low.to(tl.float8e4nv), high.to(tl.float8e4nv))
+            pair = tl.join((low * ratio).to(tl.float8e4nv), (high * ratio).to(tl.float8e4nv))
         else:
-            low, high = round_half_even(low), round_half_even(high)
+            low, high = round_product(low, ratio), round_product(high, ratio)
             total += tl.sum(tl.sum(low + high, axis=2), axis=1)
             pair = tl.join(low.to(tl.int8), high.to(tl.int8))
         columns = group * 64 + tl.arange(0, GROUPS * 64)

@@ -1,0 +1,90 @@
+"""Global and shared memory (PTX ISA, section 9.7.9): every access must lie in a tensor, and be aligned."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+POISON = 0xFF  # of shared memory that nobody wrote: NaN as a float
+
+
+@dataclass
+class Space:
+    """Byte ranges that may be accessed: a tensor each, or a block's shared memory at address 0."""
+
+    ranges: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """The bytes from the first element of a tensor to its last."""
+        if tensor.numel():
+            span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            flat = tensor.detach().as_strided((span,), (1,)).view(torch.uint8)
+            self.ranges.append((tensor.data_ptr(), flat.numpy()))
+
+    def lanes(self, addresses: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Per range: its elements of ``size`` bytes, which of the addresses lie in it, and the indices there."""
+        found, left = [], np.ones(len(addresses), bool)
+        for start, data in self.ranges:
+            inside = (addresses >= start) & (addresses <= start + len(data) - size) & left
+            if inside.any():
+                left &= ~inside
+                offset = (addresses[inside] - np.uint64(start)).astype(np.int64)
+                found.append((data[: len(data) // size * size].view(f"u{size}"), inside, offset // size))
+                if not left.any():
+                    return found
+        if left.any():
+            raise IndexError(f"address {addresses[left][0]:#x} is in no tensor ({left.sum()} threads)")
+        return found
+
+    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        self.aligned(addresses, size)
+        result = np.empty(len(addresses), f"u{size}")
+        for data, inside, index in self.lanes(addresses, size):
+            result[inside] = data[index]
+        return result
+
+    def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        self.aligned(addresses, values.dtype.itemsize)
+        for data, inside, index in self.lanes(addresses, values.dtype.itemsize):
+            data[index] = values[inside]
+
+    @staticmethod
+    def aligned(addresses: np.ndarray, size: int) -> None:
+        if (addresses % np.uint64(size)).any():
+            raise ValueError(f"{size} bytes at an address that is no multiple of {size}")
+
+
+@dataclass
+class Copies:
+    """``cp.async``: what is on its way is poison until the group is waited for."""
+
+    source: Space
+    target: Space
+    open: list[tuple] = field(default_factory=list)
+    groups: list[list[tuple]] = field(default_factory=list)
+
+    def start(self, target: np.ndarray, source: np.ndarray, size: int, read: np.ndarray) -> None:
+        """``size`` bytes per thread, of which the first ``read`` are copied and the others zero."""
+        for at in range(0, size, word := min(size, 8)):
+            self.target.store(target + np.uint64(at), np.full(len(target), -1, f"i{word}").view(f"u{word}"))
+        self.open.append((target, source, size, read))
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, left: int) -> None:
+        """All but the latest ``left`` groups arrive."""
+        while len(self.groups) > left:
+            for copy in self.groups.pop(0):
+                self.arrive(*copy)
+
+    def arrive(self, target: np.ndarray, source: np.ndarray, size: int, read: np.ndarray) -> None:
+        word = min(size, 8)
+        for at in range(0, size, word):
+            whole = read >= at + word
+            if (~whole & (read > at)).any():
+                raise NotImplementedError(f"cp.async that reads part of {word} bytes")
+            values = np.zeros(len(target), f"u{word}")
+            values[whole] = self.source.load(source[whole] + np.uint64(at), word)
+            self.target.store(target + np.uint64(at), values)
