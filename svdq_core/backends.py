@@ -56,17 +56,22 @@ FORCED = forced_by(os.environ.get("SVDQUANT_BACKEND", ""))
 # comfy-kitchen's CUDA kernels use INT4 units; Triton has no int4 product. sm80 has them, too, but too few float units
 # to scale their results in time.
 INT4_FIRST = {"sm86", "sm87", "sm89"}
-FP8_BEFORE_INT8 = {"sm100", "sm101", "sm103"}  # Triton reaches tcgen05 with fp8 only, and sm103 has few int8 units
+TCGEN05 = {"sm100", "sm101", "sm103"}  # Triton reaches it with fp8 only, and sm103 has few int8 units
 FEW, SOME = 16, 512  # tokens: a GEMM is bound by reading the weight up to about SOME, so widening it first costs most
 
 
-def shipped_order(arch: str, fmt: str, size: int) -> list[str]:
+def fp8_first(arch: str, size: int, k: int) -> bool:
+    """On Hopper Triton waits for each step's int8 products, but for fp8 ones only in long rows (`columns_at_once`)."""
+    return arch in TCGEN05 or (arch == "sm90" and not size and k <= 4096)
+
+
+def shipped_order(arch: str, fmt: str, size: int, k: int) -> list[str]:
     """Names of ``fmt``'s implementations, expected fastest first, on ``arch``, for a :func:`size_class` of tokens."""
     if fmt == "awq" and size != FEW:
         return ["torch"]  # the kernels read the weight anew for every token; unpacking pays off for many
     if fmt != "int4":
         return [name for f, name in IMPLEMENTATIONS if f == fmt]
-    kinds = ("fp8", "int8") if arch in FP8_BEFORE_INT8 else ("int8", "fp8")
+    kinds = ("fp8", "int8") if fp8_first(arch, size, k) else ("int8", "fp8")
     ways = ("w4a8", "widened") if size else ("widened", "w4a8")
     eight = [f"triton-{way}-{kind}" for kind in kinds for way in ways]
     if arch in INT4_FIRST:
@@ -187,7 +192,7 @@ def ranked(
     What was measured goes by its time, in front of what was not.
     """
     arch, times = device_arch(device), nearest_times(device, fmt, size, k, n)
-    names = sorted(shipped_order(arch, fmt, size), key=lambda name: times.get(name, math.inf))  # stable
+    names = sorted(shipped_order(arch, fmt, size, k), key=lambda name: times.get(name, math.inf))  # stable
     every = [IMPLEMENTATIONS[fmt, name] for name in names]
     if forced or arch == "cpu":
         every = [i for i in every if begins_with(i.name, forced or "torch")]
@@ -273,7 +278,7 @@ def skipped(chosen: Implementation, device: torch.device, shape: tuple[str, str,
     """Why not, by name, of what is wanted and comes before ``chosen`` in the shipped order."""
     fmt, activations, size, k, n = shape
     arch, reasons = device_arch(device), {}
-    for name in shipped_order(arch, fmt, size):
+    for name in shipped_order(arch, fmt, size, k):
         implementation = IMPLEMENTATIONS[fmt, name]
         if name == chosen.name:
             break

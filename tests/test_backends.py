@@ -58,27 +58,28 @@ def names(fmt="int4", activations="auto", size=0, k=3072, n=9216, forced="") -> 
 @pytest.mark.parametrize("size", [backends.FEW, backends.SOME, 0])
 def test_shipped_order(arch, fmt, size):
     """Only implementations that exist, none twice, plain torch among them: it is what always works."""
-    order = backends.shipped_order(arch, fmt, size)
+    order = backends.shipped_order(arch, fmt, size, 3072)
     assert len(set(order)) == len(order) and "torch" in order
     assert all((fmt, name) in IMPLEMENTATIONS for name in order)
 
 
 @pytest.mark.parametrize(
-    ("arch", "size", "first"),
+    ("arch", "size", "k", "first"),
     [
-        ("sm80", 0, "triton-widened-int8"),
-        ("sm86", 0, "kitchen-w4a4"),  # INT4 tensor cores
-        ("sm89", 512, "kitchen-w4a4"),
-        ("sm90", 0, "triton-widened-int8"),
-        ("sm90", 512, "triton-w4a8-int8"),
-        ("sm100", 0, "triton-widened-fp8"),
-        ("sm120", 0, "triton-widened-int8"),
-        ("gfx942", 0, "triton-widened-int8"),
-        ("sm130", 0, "triton-widened-int8"),  # of tomorrow
+        ("sm80", 0, 3072, "triton-widened-int8"),
+        ("sm86", 0, 3072, "kitchen-w4a4"),  # INT4 tensor cores
+        ("sm89", 512, 3072, "kitchen-w4a4"),
+        ("sm90", 0, 3072, "triton-widened-fp8"),
+        ("sm90", 0, 12288, "triton-widened-int8"),
+        ("sm90", 512, 3072, "triton-w4a8-int8"),
+        ("sm100", 0, 3072, "triton-widened-fp8"),
+        ("sm120", 0, 3072, "triton-widened-int8"),
+        ("gfx942", 0, 3072, "triton-widened-int8"),
+        ("sm130", 0, 3072, "triton-widened-int8"),  # of tomorrow
     ],
 )
-def test_first_of_the_shipped_order(arch, size, first):
-    assert backends.shipped_order(arch, "int4", size)[0] == first
+def test_first_of_the_shipped_order(arch, size, k, first):
+    assert backends.shipped_order(arch, "int4", size, k)[0] == first
 
 
 def test_size_classes():
@@ -139,8 +140,8 @@ def test_comfy_kitchen_is_asked_for_the_op(monkeypatch):
 
 
 def test_awq_for_many_tokens():
-    assert backends.shipped_order("sm90", "awq", backends.FEW)[0] == "triton-w4a16"
-    assert backends.shipped_order("sm90", "awq", backends.SOME) == ["torch"]
+    assert backends.shipped_order("sm90", "awq", backends.FEW, 3072)[0] == "triton-w4a16"
+    assert backends.shipped_order("sm90", "awq", backends.SOME, 3072) == ["torch"]
 
 
 # ---- measured --------------------------------------------------------------------------------------------
@@ -168,7 +169,9 @@ def test_measured_times_decide(hopper):
         "torch",
     ]  # what is slower than torch, or unknown, is not tried
     assert names(activations="8 bit")[0] == "triton-widened-fp8"
-    assert names(size=512) == [n for n in backends.shipped_order("sm90", "int4", 512) if n[0] != "k"][:6]  # unmeasured
+    assert (
+        names(size=512) == [n for n in backends.shipped_order("sm90", "int4", 512, 3072) if n[0] != "k"][:6]
+    )  # unmeasured
     assert names("int8") == ["triton-w8a8", "torch"]
     backends.store_measurements(CPU, {backends.shape_key("int4", 0, 12288, 3072): {"triton-w4a4": 1.0, "torch": 2.0}})
     assert len(json.loads(path.read_text())[backends.device_key(CPU)]) == 2

@@ -58,7 +58,7 @@ def check(a: dict[str, Tensor | None], unsigned: bool, on: torch.device) -> None
     if y.dtype != torch.float32:
         assert (found == wanted).double().mean() > 0.95
     down = a["next_down"].double()
-    slack = torch.finfo(y.dtype).eps * (h.double().abs() @ down.abs()) + 1e-6
+    slack = (torch.finfo(y.dtype).eps + h.shape[1] * 2.0**-24) * (h.double().abs() @ down.abs()) + 1e-6
     assert hidden.shape == (y.shape[0], down.shape[1])
     assert ((hidden.double() - h.double() @ down).abs() <= slack).all()
 

@@ -86,6 +86,22 @@ def test_full_size_tiles(on, kind):
     check(draw(260, 150, 192, 32, torch.bfloat16, kind, 1), on)
 
 
+@pytest.mark.ptx
+def test_long_sums_of_one_sign(on):
+    """As for gemm_w8a8: parts of a long sum of fp8 products are added outside of the matrix units."""
+    from comfyui_svdquant.triton_kernels.gemm_w4a8 import gemm_w4a8
+
+    need("fp8", on)
+    arguments = draw(3, 5, 8192, 0, torch.bfloat16, "fp8", 2) | {"bias": None}
+    arguments["codes"] = arguments["codes"].float().abs().to(torch.float8_e4m3fn)
+    arguments["weight"] = arguments["weight"] & 0x77  # codes of 0 to 7
+    arguments["weight_scale"] = torch.full_like(arguments["weight_scale"], 0.5)  # widened without rounding
+    y = gemm_w4a8(**{name: None if a is None else a.to(on) for name, a in arguments.items()}).cpu().double()
+    exact = arguments["codes"].double() @ unpack_int4(arguments["weight"]).double().t() / 2
+    exact = exact * arguments["act_scales"].double().unsqueeze(1)
+    assert ((y - exact).abs() <= exact * 2.0**-6).all()
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_scales_that_are_powers_of_two_are_exact(on, kind):
     """Ratios of 1, 1/2, 1/4, 1/8: then nothing is rounded but y, so this sees a wrong column or nibble."""

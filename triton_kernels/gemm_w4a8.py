@@ -21,14 +21,23 @@ from torch import Tensor
 
 from .common import FLOATS, arch, expect
 from .gemm_w8a8 import tile_of
-from .rounding import MAGIC, expect_e4m3, has_e4m3
+from .rounding import MAGIC, columns_at_once, expect_e4m3, has_e4m3
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 BLOCK_R = 32
 
 
-def config(part: str, m: int) -> dict[str, int]:
-    """Tiles by registers and instructions of the compiled code, not measured."""
+def config(part: str, m: int, k: int, fp8: bool) -> dict[str, int]:
+    """Tiles for a part, a shape and the kind of codes; the sums of long rows of fp8 are kept twice."""
+    tiles = tiles_of(part, m)
+    at_once = columns_at_once(part, k) if fp8 else 0
+    if at_once:
+        tiles = tiles | {"BLOCK_M": max(tiles["BLOCK_M"] // 2, 16)}
+    return tiles | {"PARTS": at_once // 64}
+
+
+def tiles_of(part: str, m: int) -> dict[str, int]:
+    """By registers and instructions of the compiled code, not measured."""
     if part == "cpu":
         return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
     if m <= 32:
@@ -54,7 +63,7 @@ def widen(nibble, ratio, FP8: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def gemm_w4a8_kernel(
     codes, act_scales, weight, weight_scale, largest, hidden, proj_up, bias, y, M, N, K, R,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -70,18 +79,22 @@ def gemm_w4a8_kernel(
     by_col = tl.where(top == 0.0, 1.0, top) / STEPS
     inverse = 1.0 / by_col
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if FP8 else tl.int32)
-    for _ in range(0, K // 64):
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # no registers unless it is used
+    for step in range(0, K // 64):
         packed = (tl.load(left).to(tl.int32) & 0xFF) ^ 0x88
         ratio = (tl.load(scale).to(tl.float32) * inverse)[:, None]
         w8 = tl.join(widen(packed & 15, ratio, FP8), widen(packed >> 4, ratio, FP8)).reshape(BLOCK_N, 64)
-        if FP8:
-            acc = tl.dot(w8, tl.load(right), acc, max_num_imprecise_acc=64)  # see gemm_w8a8
-        else:
-            acc = tl.dot(w8, tl.load(right), acc, out_dtype=tl.int32)
+        acc = tl.dot(w8, tl.load(right), acc, out_dtype=acc.dtype)
+        if PARTS > 0:  # noqa: SIM102 (only this one is decided when compiled)
+            if step % PARTS == PARTS - 1:
+                total += acc
+                acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         left += 32
         scale += N
         right += 64
 
+    if PARTS > 0:
+        acc += total
     by_row = tl.load(act_scales + rows, rows < M, 0.0)
     out = acc.to(tl.float32) * by_col[:, None] * by_row[None, :]
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
@@ -141,7 +154,7 @@ def gemm_w4a8(
     y = hidden.new_empty((m, n))
     if m == 0:
         return y
-    tiles = config(part, m)
+    tiles = config(part, m, k, codes.dtype != torch.int8)
     grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
         gemm_w4a8_kernel[grid](
@@ -185,10 +198,10 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types |= {"weight": "*i8", "act_scales": "*fp32", "M": "i32", "N": "i32:16", "K": "i32:16", "R": "i32:16"}
     constants = {"BLOCK_R": BLOCK_R, "GROUP_M": 8}
     cases = {
-        "int8": (gemm_w4a8_kernel, types | {"codes": "*i8"}, constants, config(arch, 4608)),
-        "int8 small": (gemm_w4a8_kernel, types | {"codes": "*i8"}, constants, config(arch, 1)),
+        "int8": (gemm_w4a8_kernel, types | {"codes": "*i8"}, constants, config(arch, 4608, 12288, False)),
+        "int8 small": (gemm_w4a8_kernel, types | {"codes": "*i8"}, constants, config(arch, 1, 12288, False)),
     }
     if has_e4m3(arch):
-        cases["fp8"] = (gemm_w4a8_kernel, types | {"codes": "*fp8e4nv"}, constants, config(arch, 4608))
-        cases["fp8 small"] = (gemm_w4a8_kernel, types | {"codes": "*fp8e4nv"}, constants, config(arch, 1))
+        for name, m, k in (("fp8", 4608, 3072), ("fp8 wide", 4608, 12288), ("fp8 small", 1, 12288)):
+            cases[name] = (gemm_w4a8_kernel, types | {"codes": "*fp8e4nv"}, constants, config(arch, m, k, True))
     return cases

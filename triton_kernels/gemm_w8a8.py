@@ -7,10 +7,10 @@
 int32, the sums over k of ``weight``, where the codes are ``quantize_token``'s ``uint8`` (stored minus 128). Returns
 ``y (M, N)`` in the dtype of ``hidden``.
 
-int8 products accumulate exactly in int32. e4m3 products accumulate in float32; Hopper's tensor cores keep about 14
-bits of an fp8 sum, so every BLOCK_K columns are added outside of them (``max_num_imprecise_acc``). The main loop
-scales nothing: it runs the weights of an INT8 file, and INT4 weights after ``widen_w4``, at the full 8-bit rate.
-fp8 needs sm 89 or later, gfx950 or gfx12.
+int8 products accumulate exactly in int32. e4m3 products accumulate in float32; Ada's and Hopper's tensor cores keep
+about 14 bits of such a sum, so long rows are summed in parts, of PARTS steps each (``rounding.columns_at_once``). The
+main loop scales nothing: it runs the weights of an INT8 file, and INT4 weights after ``widen_w4``, at the full 8-bit
+rate. fp8 needs sm 89 or later, gfx950 or gfx12.
 """
 
 import torch
@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, expect
-from .rounding import expect_e4m3, has_e4m3
+from .rounding import columns_at_once, expect_e4m3, has_e4m3
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 BLOCK_R = 32
 # By shared memory, registers and instructions per MMA of the compiled code (docs/kernels_w8.md), not measured. 128 x
-# 256 is the largest tile whose sums fit the registers; Hopper's fp8 keeps them twice (inside and outside of the tensor
-# cores), so half of it there. int8 on sm 100 compiles to mma.sync, far below tcgen05's rate: prefer fp8 there.
+# 256 is the largest tile whose sums fit the registers; where they are kept twice, half of it. int8 on sm 100 compiles
+# to mma.sync, far below tcgen05's rate: prefer fp8 there.
 SMALL = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 AMPERE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 RDNA = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
@@ -34,7 +34,6 @@ CONFIGS = {
     "sm86": AMPERE,
     "sm89": AMPERE,
     "sm90": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4},
-    "sm90 fp8": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4},
     "sm100": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
     "sm120": AMPERE,
     "gfx942": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
@@ -46,15 +45,22 @@ NEAREST = {"sm87": "sm86", "sm103": "sm100", "sm121": "sm120", "gfx950": "gfx942
 WAVE = 96  # tiles below which a large part is not filled
 
 
-def config(part: str, m: int, n: int, fp8: bool) -> dict[str, int]:
+def config(part: str, m: int, n: int, k: int, fp8: bool) -> dict[str, int]:
     """Tiles for a part, a shape and the kind of codes."""
+    tiles = tiles_of(part, m, n, fp8)
+    at_once = columns_at_once(part, k) if fp8 else 0
+    if at_once:
+        tiles = tiles | {"BLOCK_N": min(tiles["BLOCK_N"], 128)}
+    return tiles | {"PARTS": at_once // tiles["BLOCK_K"]}
+
+
+def tiles_of(part: str, m: int, n: int, fp8: bool) -> dict[str, int]:
+    """Without regard to K."""
     if part != "cpu" and m <= 32:
         # fp8 of fewer than 64 rows would be widened to fp16: no mma.sync of sm 90 and 100 takes it
         return SMALL | {"BLOCK_M": 64} if fp8 and part.startswith(("sm9", "sm10")) else SMALL
     part = NEAREST.get(part, part)
     tiles = CONFIGS.get(part, AMPERE if part.startswith("sm") else RDNA)
-    if fp8:
-        tiles = CONFIGS.get(f"{part} fp8", tiles)
     few = triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) < WAVE
     return tiles | {"BLOCK_N": tiles["BLOCK_N"] // 2} if few else tiles
 
@@ -85,7 +91,7 @@ def add_branch(out, hidden, proj_up, rows, M, cols, N, R, BLOCK_R: tl.constexpr)
 def gemm_w8a8_kernel(
     codes, act_scales, weight, weight_scale, weight_sum, hidden, proj_up, bias, y, M, N, K, R,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -96,19 +102,23 @@ def gemm_w8a8_kernel(
     right = weight + tl.minimum(cols, N - 1).to(tl.int64)[:, None] * K + ks[None, :]
     FP8: tl.constexpr = codes.dtype.element_ty != tl.int8
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if FP8 else tl.int32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # no registers unless it is used
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
             a, b = tl.load(left), tl.load(right)
         else:
             inside = (ks < K - k)[None, :]
             a, b = tl.load(left, inside, 0.0), tl.load(right, inside, 0.0)
-        if FP8:
-            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
-        else:
-            acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        acc = tl.dot(a, b.T, acc, out_dtype=acc.dtype)
+        if PARTS > 0:  # noqa: SIM102 (only this one is decided when compiled)
+            if k // BLOCK_K % PARTS == PARTS - 1:
+                total += acc
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         left += BLOCK_K
         right += BLOCK_K
 
+    if PARTS > 0:
+        acc += total
     if weight_sum is not None:
         acc += 128 * tl.load(weight_sum + cols, cols < N, 0)[None, :]
     by_row = tl.load(act_scales + rows, rows < M, 0.0)
@@ -169,7 +179,7 @@ def gemm_w8a8(
     y = hidden.new_empty((m, n))
     if m == 0:
         return y
-    tiles = config(part, m, n, codes.dtype != torch.int8)
+    tiles = config(part, m, n, k, codes.dtype != torch.int8)
     grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
         gemm_w8a8_kernel[grid](
@@ -214,15 +224,21 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types = {name: "*bf16" for name in ("weight_scale", "hidden", "proj_up", "bias", "y")}
     types |= {"act_scales": "*fp32", "weight_sum": "*i32", "M": "i32", "N": "i32:16", "K": "i32:16", "R": "i32:16"}
     constants = {"EVEN_K": True, "BLOCK_R": BLOCK_R, "GROUP_M": 8}
+    wide = 12288
     int8, usual = types | {"codes": "*i8", "weight": "*i8"}, constants | {"weight_sum": None}
     cases = {
-        "int8": (gemm_w8a8_kernel, int8, usual, config(arch, 4608, 3072, False)),
-        "uint8": (gemm_w8a8_kernel, int8, constants, config(arch, 4608, 3072, False)),
-        "int8 medium": (gemm_w8a8_kernel, int8, usual, config(arch, 512, 3072, False)),
-        "int8 small": (gemm_w8a8_kernel, int8, usual, config(arch, 1, 3072, False)),
+        "int8": (gemm_w8a8_kernel, int8, usual, config(arch, 4608, 3072, wide, False)),
+        "uint8": (gemm_w8a8_kernel, int8, constants, config(arch, 4608, 3072, wide, False)),
+        "int8 medium": (gemm_w8a8_kernel, int8, usual, config(arch, 512, 3072, wide, False)),
+        "int8 small": (gemm_w8a8_kernel, int8, usual, config(arch, 1, 3072, wide, False)),
     }
     if has_e4m3(arch):
         fp8 = types | {"codes": "*fp8e4nv", "weight": "*fp8e4nv"}
-        for name, m in (("fp8", 4608), ("fp8 medium", 512), ("fp8 small", 1)):
-            cases[name] = (gemm_w8a8_kernel, fp8, usual, config(arch, m, 3072, True))
+        for name, m, k in (
+            ("fp8", 4608, 3072),
+            ("fp8 wide", 4608, wide),
+            ("fp8 medium", 512, 3072),
+            ("fp8 small", 1, wide),
+        ):
+            cases[name] = (gemm_w8a8_kernel, fp8, usual, config(arch, m, 3072, k, True))
     return cases

@@ -51,6 +51,18 @@ def safe_scale(scale):
     return tl.where(scale < float("inf"), scale, float("nan"))
 
 
+EXACT_SUMS, PART = 4096, 512  # columns
+
+
+def columns_at_once(arch: str, k: int) -> int:
+    """How many e4m3 products the matrix units should sum before the rest is added outside of them; 0: all.
+
+    Ada's and Hopper's drop what lies 13 bits below the largest addend (arXiv 2411.10958, 2412.19437); what that costs
+    is in docs/kernels_w8.md.
+    """
+    return PART if arch in ("sm89", "sm90") and k > EXACT_SUMS else 0
+
+
 def has_e4m3(arch: str) -> bool:
     """Whether the matrix units take float8_e4m3fn (gfx942's take the other kind, e4m3fnuz)."""
     if arch.startswith("sm"):

@@ -169,11 +169,13 @@ def setp(parts: tuple[str, ...], a: Values, b: Values) -> Values | tuple[Values,
     name, kind = parts[0], parts[-1]
     if kind.startswith("bf16"):
         a, b = (from_bf16(halves(v, np.uint16) if kind == "bf16x2" else v) for v in (a, b))
+    elif kind == "f16x2":
+        a, b = halves(a, np.float16), halves(b, np.float16)
     result = COMPARE[name.removesuffix("u")](a, b)
     if a.dtype.kind == "f":
         unordered = np.isnan(a) | np.isnan(b)
         result = result | unordered if name.endswith("u") else result & ~unordered
-    return (result[:, 0], result[:, 1]) if kind == "bf16x2" else result
+    return (result[:, 0], result[:, 1]) if kind.endswith("x2") else result
 
 
 def convert(parts: tuple[str, ...], *values: Values) -> Values:
