@@ -176,7 +176,7 @@ def triton_widened(x: Tensor, layer: QuantizedLinear, kind: str) -> Tensor:
     down, up, bias = branch(x, layer)
     act_kind = unsigned_kind(layer) if kind == "int8" else kind
     codes, scales, hidden = quantize_token(x, smoothing(layer), down, layer.act_unsigned, act_kind)
-    weight, row_scale, weight_sum = widen_w4(layer.tensors["weight"], layer.tensors["weight_scale"], kind)
+    weight, row_scale, weight_sum = widen_w4(layer.tensors["weight"], layer.tensors["weight_scale"], act_kind)
     return gemm_w8a8(
         codes, scales, weight, row_scale, hidden, up, bias, weight_sum if act_kind == "uint8" else None
     )  # fmt: skip

@@ -125,7 +125,7 @@ def test_nan_stays_in_its_row(on):
     [
         ("int8", False, "int8", -35),
         ("int8", True, "int8", -33),
-        ("uint8", True, "int8", -37),
+        ("uint8", True, "uint8", -37),
         ("fp8", False, "fp8", -30),
     ],
 )

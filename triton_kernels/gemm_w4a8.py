@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .common import FLOATS, arch, expect
 from .gemm_w8a8 import tile_of
-from .rounding import MAGIC, columns_at_once, expect_e4m3, has_e4m3
+from .rounding import MAGIC, codes_of, columns_at_once, expect_e4m3, has_e4m3
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 BLOCK_R = 32
@@ -51,9 +51,8 @@ def tiles_of(part: str, m: int) -> dict[str, int]:
 
 
 @triton.jit
-def widen(nibble, ratio, FP8: tl.constexpr):
-    """``code · ratio`` in 8 bit, of a nibble whose sign bit is flipped (code + 8, in an int32)."""
-    code = (nibble | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # no conversion: 2**23 + 8 + code
+def widen(code, ratio, FP8: tl.constexpr):
+    """``code · ratio`` in 8 bit."""
     if FP8:
         return (code * ratio).to(tl.float8e4nv)
     else:
@@ -74,16 +73,16 @@ def gemm_w4a8_kernel(
     right = codes + tl.minimum(rows, M - 1).to(tl.int64)[None, :] * K + tl.arange(0, 64)[:, None]
     scale = weight_scale + column
     FP8: tl.constexpr = codes.dtype.element_ty != tl.int8
-    STEPS: tl.constexpr = 32.0 if FP8 else 16.0
+    UNIT: tl.constexpr = 1.0 / 32 if FP8 else 1.0 / 16
     top = tl.load(largest + column).to(tl.float32)
-    by_col = tl.where(top == 0.0, 1.0, top) / STEPS
+    by_col = tl.where(top == 0.0, 1.0, top) * UNIT
     inverse = 1.0 / by_col
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if FP8 else tl.int32)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # no registers unless it is used
     for step in range(0, K // 64):
-        packed = (tl.load(left).to(tl.int32) & 0xFF) ^ 0x88
+        low, high = codes_of(tl.load(left).to(tl.int32))
         ratio = (tl.load(scale).to(tl.float32) * inverse)[:, None]
-        w8 = tl.join(widen(packed & 15, ratio, FP8), widen(packed >> 4, ratio, FP8)).reshape(BLOCK_N, 64)
+        w8 = tl.join(widen(low, ratio, FP8), widen(high, ratio, FP8)).reshape(BLOCK_N, 64)
         acc = tl.dot(w8, tl.load(right), acc, out_dtype=acc.dtype)
         if PARTS > 0:  # noqa: SIM102 (only this one is decided when compiled)
             if step % PARTS == PARTS - 1:

@@ -39,6 +39,17 @@ def round_half_even(v):
 
 
 @triton.jit
+def codes_of(packed):
+    """The low and the high codes, in float32, of bytes in an int32 that hold two nibbles in two's complement.
+
+    Without a shift or a conversion: the nibble, its sign bit flipped, is put under the exponent of 2**23 or 2**19.
+    """
+    low = ((packed & 0x0F) ^ 0x4B000008).to(tl.float32, bitcast=True) - 8388616.0
+    high = ((packed & 0xF0) ^ 0x49000080).to(tl.float32, bitcast=True) - 524296.0
+    return low, high
+
+
+@triton.jit
 def round_product(a, b):
     """Nearest int32 of the exact ``a b``, ``|a b| < 2**22``. Said as an FMA, which compilers make of it or not."""
     return tl.fma(a, b, MAGIC).to(tl.int32, bitcast=True) - 0x4B400000

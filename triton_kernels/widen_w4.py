@@ -1,17 +1,16 @@
 """INT4 weights widened to 8 bit, once, for a plain 8-bit GEMM (W4A8 execution of a W4A4 file).
 
-    value     = code · weight_scale                               float32, exact for bf16 and fp16 scales
-    row_scale = absmax over the row of |value| / 127 (int8) or / 448 (fp8)
+    row_scale = max over the row's groups of |weight_scale| / 16 (int8) or / 32 (fp8)
     w8        = round(code · (weight_scale / row_scale))          half to even; the ratio is one float32 per group,
                                                                   int8 rounds its exact product
-    weight_sum = Σ_k w8                                           int8 only: for ``uint8`` activations
+    weight_sum = Σ_k w8                                           of kind uint8: int8, for ``uint8`` activations
 
 ``weight (N, K/2)`` int8 or uint8, low nibble = even column, two's complement; ``weight_scale (K/64, N)``. Returns
-``w8 (N, K)`` int8 or float8_e4m3fn, ``row_scale (N,)`` float32 and ``weight_sum (N,)`` int32 (``(0,)`` for fp8). The
-rounding adds about -40 dB (int8) or -31 dB (fp8) to the weight, against -19 dB of the 4-bit rounding itself
-(`docs/kernels_w8.md`).
+``w8 (N, K)`` int8 or float8_e4m3fn, ``row_scale (N,)`` float32 and ``weight_sum (N,)`` int32, or ``(0,)``. The
+rounding adds about -43 dB (int8) or -33 dB (fp8) to the weight, against -19 dB of the 4-bit rounding itself
+(`docs/kernels_w8.md`). The groups of the largest scale are exact: codes of -8...7 become -128...112, or -256...224.
 
-Memory-bound: K/2 bytes a row in (twice, the second time from the cache), K bytes out.
+Memory-bound: K/2 bytes a row in, K bytes out.
 """
 
 import torch
@@ -19,23 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect
-from .rounding import expect_e4m3, has_e4m3, magnitude_bits, round_product, safe_scale
+from .common import FLOATS, arch, expect, quotient
+from .rounding import codes_of, expect_e4m3, has_e4m3, magnitude_bits, round_product, safe_scale
 
-KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-# 16 rows x 4 groups: 2 KB of nibbles, 16 values a thread. By register count, not measured.
-CONFIG = {"BLOCK_N": 16, "GROUPS": 4, "num_warps": 4}
+KINDS = {"int8": torch.int8, "uint8": torch.int8, "fp8": torch.float8_e4m3fn}  # of the activations
+# 16 rows x 4 groups: 2 KB of nibbles, 32 values a thread. 8 such steps make programs enough for large parts, and the
+# scales of the whole row, which each reads first, small beside them. By register count, not measured.
+CONFIG = {"BLOCK_N": 16, "GROUPS": 4, "STEPS": 8, "num_warps": 4}
 
 
 @triton.jit
-def load_nibbles(weight, rows, N, group, K, GROUPS: tl.constexpr):
-    """The even and the odd columns of ``GROUPS`` groups as int32: ``(BLOCK_N, GROUPS, 32)`` each."""
+def load_codes(weight, rows, N, group, K, GROUPS: tl.constexpr):
+    """`codes_of` the even and the odd columns of ``GROUPS`` groups: ``(BLOCK_N, GROUPS, 32)`` each."""
     groups = group + tl.arange(0, GROUPS)
     bytes_ = groups[:, None] * 32 + tl.arange(0, 32)[None, :]
     mask = (rows < N)[:, None, None] & (groups < K // 64)[None, :, None]
     packed = tl.load(weight + rows.to(tl.int64)[:, None, None] * (K // 2) + bytes_[None, :, :], mask=mask, other=0)
-    packed = packed.to(tl.int32)
-    return (packed << 28) >> 28, packed >> 4
+    return codes_of(packed.to(tl.int32))
 
 
 @triton.jit
@@ -47,36 +46,44 @@ def load_scales(weight_scale, rows, N, group, K, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def largest_scale(weight_scale, rows, N, K, GROUPS: tl.constexpr):
+    """Of each row, NaN if there is one: ``(BLOCK_N,)``."""
+    top = tl.zeros((rows.shape[0], GROUPS), tl.int32)
+    for group in range(0, K // 64, GROUPS):
+        top = tl.maximum(top, magnitude_bits(load_scales(weight_scale, rows, N, group, K, GROUPS)))
+    return tl.max(top, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def widen_w4_kernel(
     weight, weight_scale, w8, row_scale, weight_sum, N, K,
-    KIND: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
+    """Grid: (row blocks, blocks of STEPS · GROUPS groups)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    top = tl.zeros((BLOCK_N, GROUPS), tl.int32)
-    for group in range(0, K // 64, GROUPS):
-        low, high = load_nibbles(weight, rows, N, group, K, GROUPS)
-        largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=2).to(tl.float32)
-        top = tl.maximum(top, magnitude_bits(largest * load_scales(weight_scale, rows, N, group, K, GROUPS)))
-    LIMIT: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
-    scale = safe_scale(tl.div_rn(tl.max(top, axis=1).to(tl.float32, bitcast=True), LIMIT))
-    tl.store(row_scale + rows, scale, mask=rows < N)
+    UNIT: tl.constexpr = 1.0 / 32 if KIND == "fp8" else 1.0 / 16  # a division by these need not be exact on a GPU
+    scale = safe_scale(largest_scale(weight_scale, rows, N, K, GROUPS * STEPS) * UNIT)
+    if tl.program_id(1) == 0:
+        tl.store(row_scale + rows, scale, mask=rows < N)
 
-    total = tl.zeros((BLOCK_N,), tl.int32)
-    for group in range(0, K // 64, GROUPS):
-        low, high = load_nibbles(weight, rows, N, group, K, GROUPS)
-        ratio = tl.div_rn(load_scales(weight_scale, rows, N, group, K, GROUPS), scale[:, None])[:, :, None]
-        low, high = low.to(tl.float32), high.to(tl.float32)
+    total = tl.zeros((BLOCK_N, GROUPS, 32), tl.int32)
+    first = tl.program_id(1) * GROUPS * STEPS
+    for group in range(first, tl.minimum(first + GROUPS * STEPS, K // 64), GROUPS):
+        low, high = load_codes(weight, rows, N, group, K, GROUPS)
+        scales = load_scales(weight_scale, rows, N, group, K, GROUPS)
+        ratio = quotient(scales, scale[:, None], weight_scale.dtype.element_ty == tl.float32)[:, :, None]
         if KIND == "fp8":
             pair = tl.join((low * ratio).to(tl.float8e4nv), (high * ratio).to(tl.float8e4nv))
         else:
             low, high = round_product(low, ratio), round_product(high, ratio)
-            total += tl.sum(tl.sum(low + high, axis=2), axis=1)
+            if KIND == "uint8":
+                total += low + high
             pair = tl.join(low.to(tl.int8), high.to(tl.int8))
         columns = group * 64 + tl.arange(0, GROUPS * 64)
         pointers = w8 + rows.to(tl.int64)[:, None] * K + columns[None, :]
         tl.store(pointers, pair.reshape(BLOCK_N, GROUPS * 64), mask=(rows < N)[:, None] & (columns < K)[None, :])
-    if KIND == "int8":
-        tl.store(weight_sum + rows, total, mask=rows < N)
+    if KIND == "uint8":
+        tl.atomic_add(weight_sum + rows, tl.sum(tl.sum(total, axis=2), axis=1), mask=rows < N)
 
 
 def check(weight: Tensor, weight_scale: Tensor, kind: str) -> None:
@@ -98,8 +105,10 @@ def widen_w4(weight: Tensor, weight_scale: Tensor, kind: str) -> tuple[Tensor, T
         expect_e4m3("widen_w4", "kind", arch(weight.device))
     n, half = weight.shape
     outputs = widen_w4_fake(weight, weight_scale, kind)
+    outputs[2].zero_()
+    grid = (triton.cdiv(n, CONFIG["BLOCK_N"]), triton.cdiv(half // 32, CONFIG["GROUPS"] * CONFIG["STEPS"]))
     with torch.cuda.device_of(weight):
-        widen_w4_kernel[(triton.cdiv(n, CONFIG["BLOCK_N"]),)](
+        widen_w4_kernel[grid](
             weight.view(torch.int8).contiguous(), weight_scale.contiguous(), *outputs, n, 2 * half, KIND=kind, **CONFIG
         )
     return outputs
@@ -112,7 +121,7 @@ def widen_w4_fake(weight: Tensor, weight_scale: Tensor, kind: str) -> tuple[Tens
     return (
         weight.new_empty((n, k), dtype=KINDS[kind]),
         weight.new_empty((n,), dtype=torch.float32),
-        weight.new_empty((n if kind == "int8" else 0,), dtype=torch.int32),
+        weight.new_empty((n if kind == "uint8" else 0,), dtype=torch.int32),
     )
 
 
@@ -120,7 +129,7 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     """What `tests/test_compile_matrix.py` compiles: kernel, argument types, constants, options."""
     types = {"weight": "*i8", "weight_scale": "*bf16", "w8": "*i8", "row_scale": "*fp32", "weight_sum": "*i32"}
     types |= {"N": "i32:16", "K": "i32:16"}
-    cases = {"int8": (widen_w4_kernel, types, {"KIND": "int8"}, CONFIG)}
+    cases = {kind: (widen_w4_kernel, types, {"KIND": kind}, CONFIG) for kind in ("int8", "uint8")}
     if has_e4m3(arch):
         cases["fp8"] = (widen_w4_kernel, types | {"w8": "*fp8e4nv"}, {"KIND": "fp8"}, CONFIG)
     return cases

@@ -47,7 +47,7 @@ class Launcher:
             if kind == "constexpr":
                 continue
             if isinstance(arg, torch.Tensor):
-                memory.add(arg)
+                memory.include(arg)
                 arg = arg.data_ptr()
             values.append(arg)
         machine.launch(self.program, (x, y, z), [*values, 0, 0], memory, self.shared, self.arch)  # 0: no scratch

@@ -137,6 +137,13 @@ def store(i: Instruction, b: Block, mask: Mask) -> None:
         space.store(at[active] + np.uint64(j * size), b.read(name, kind).view(f"u{size}")[active])
 
 
+def atomic(i: Instruction, b: Block, mask: Mask) -> None:
+    """Whose former value nobody reads."""
+    assert i.op[1] == "global" and i.op[-2:] == ("add", "u32"), i.text
+    active = np.ones(b.count, bool) if mask is None else mask
+    b.memory.add_to(address(b, i.args[1], b.memory)[active], b.read(i.args[2], "u32")[active])
+
+
 def copy(i: Instruction, b: Block, mask: Mask) -> None:
     if i.op[2] == "commit_group":
         assert mask is None, "groups of copies are kept for the block, not per thread"
@@ -236,7 +243,7 @@ def nothing(i: Instruction, b: Block, mask: Mask) -> None:
 
 RUN: dict[str, Callable[[Instruction, Block, Mask], None]] = {name: simple for name in OPS}
 RUN |= {"mov": move, "ld": load, "st": store, "ldmatrix": matrices, "stmatrix": matrices, "mma": mma, "wgmma": wgmma}
-RUN |= {"shfl": shuffle, "redux": reduce, "fence": nothing}
+RUN |= {"atom": atomic, "shfl": shuffle, "redux": reduce, "fence": nothing}
 
 
 def step(i: Instruction) -> Callable[[Block, Mask], None] | None:

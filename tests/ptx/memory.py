@@ -14,7 +14,7 @@ class Space:
 
     ranges: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
-    def add(self, tensor: torch.Tensor) -> None:
+    def include(self, tensor: torch.Tensor) -> None:
         """The bytes from the first element of a tensor to its last."""
         if tensor.numel():
             span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -47,6 +47,12 @@ class Space:
         self.aligned(addresses, values.dtype.itemsize)
         for data, inside, index in self.lanes(addresses, values.dtype.itemsize):
             data[index] = values[inside]
+
+    def add_to(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        """One after the other, at the same address as well."""
+        self.aligned(addresses, values.dtype.itemsize)
+        for data, inside, index in self.lanes(addresses, values.dtype.itemsize):
+            np.add.at(data, index, values[inside])
 
     @staticmethod
     def aligned(addresses: np.ndarray, size: int) -> None:
