@@ -18,16 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, expect
+from .rounding import codes_of
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 # 16 rows x 256 bytes: 64 columns a thread; 576 programs for FLUX.1's smallest modulation. Not measured.
 CONFIG = {"BLOCK_N": 16, "GROUPS": 8, "num_warps": 4}
-
-
-@triton.jit
-def centred(code):
-    """``code - 8`` as a float32: the code under the exponent of 2**23, one addition instead of a conversion."""
-    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
 
 
 @triton.jit
@@ -59,8 +54,9 @@ def gemm_w4a16_kernel(
         else:
             even = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             odd = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        acc = tl.fma(centred(packed & 15) * scale + zero, even[None, :, :], acc)
-        acc = tl.fma(centred(packed >> 4) * scale + zero, odd[None, :, :], acc)
+        low, high = codes_of(packed ^ 0x88)  # code - 8 has the bits of code with the sign flipped
+        acc = tl.fma(low * scale + zero, even[None, :, :], acc)
+        acc = tl.fma(high * scale + zero, odd[None, :, :], acc)
     total = tl.sum(tl.sum(acc, axis=2), axis=1)
     if hidden is not None:
         for r in range(0, R, BLOCK_R):
