@@ -99,6 +99,14 @@ def test_ties_round_to_even(on, unsigned):
 
 
 @pytest.mark.ptx
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("rank", [0, 32, 256])
+def test_a_shape_of_whole_blocks(on, rank, unsigned):
+    """As layers have it: columns and ranks without a rest, which then need no mask; rows with one."""
+    check(*draw(37, 512, rank, torch.bfloat16, 3), unsigned, on)
+
+
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_stay_in_their_group(on, bad, dtype):

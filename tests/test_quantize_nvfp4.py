@@ -78,6 +78,13 @@ def test_any_values(on, values, dtype, shifted, seed):
 
 
 @pytest.mark.ptx
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_shape_of_whole_blocks(on, shifted):
+    """As layers have it: columns and ranks without a rest, which then need no mask; rows with one."""
+    check(*draw(37, 512, 32, torch.bfloat16, 3), shifted, on)
+
+
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_ties_zeros_outliers_and_nan(on, dtype):
     """λ = 1 and a largest value of 6 put every quarter on a tie of e2m1; 6 · s for all e4m3 scales s, and between."""

@@ -95,6 +95,14 @@ def test_any_values(on, values, dtype, case, seed):
 
 @pytest.mark.ptx
 @pytest.mark.parametrize(("kind", "unsigned"), CASES)
+def test_a_shape_of_whole_blocks(on, kind, unsigned):
+    """As layers have it: columns and ranks without a rest, which then need no mask; rows with one."""
+    need(kind, on)
+    check(*draw(37, 1024, 32, torch.bfloat16, 3), kind, unsigned, on)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize(("kind", "unsigned"), CASES)
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_ties_zeros_outliers_infinity_and_nan(on, kind, unsigned, dtype):
     """λ = 1 and a largest value of the grid's limit put every half on a tie."""
@@ -116,16 +124,17 @@ def test_the_two_instruction_division_is_ieee(on):
     values = torch.randn(4096, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 1024).contiguous()
     import triton
     import triton.language as tl
+    from comfyui_svdquant.triton_kernels.quantize_token import arch, config
     from comfyui_svdquant.triton_kernels.rounding import divide, reciprocal
 
     @triton.jit
-    def kernel(v, d, q, BLOCK: tl.constexpr):
+    def kernel(v, d, q, BLOCK: tl.constexpr, PTX: tl.constexpr):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        high, low = reciprocal(tl.load(d + tl.arange(0, BLOCK)))
+        high, low = reciprocal(tl.load(d + tl.arange(0, BLOCK)), PTX)
         tl.store(q + at, divide(tl.load(v + at), high, low))
 
     quotients = torch.empty_like(values).to(on)
-    kernel[(len(values),)](values.to(on), divisors.to(on), quotients, BLOCK=1024)
+    kernel[(len(values),)](values.to(on), divisors.to(on), quotients, 1024, config(arch(on))["PTX"])
     assert torch.equal(quotients.cpu(), values / divisors)
 
 

@@ -37,11 +37,11 @@ def expect(
 
 
 @triton.jit
-def quotient(x, y, EXACT: tl.constexpr):
+def quotient(x, y, EXACT: tl.constexpr, PTX: tl.constexpr):
     """The IEEE quotient of float32, for any ``y`` (EXACT) or one with the value of a bf16 or fp16 number."""
     if EXACT:
         return tl.div_rn(x, y)
-    high, low = reciprocal(y)
+    high, low = reciprocal(y, PTX)
     return divide(x, high, low)
 
 
@@ -53,7 +53,7 @@ def group_scales(x, UNSIGNED: tl.constexpr, dtype: tl.constexpr):
     """
     absmax = tl.max(magnitude_bits(x), axis=len(x.shape) - 1).to(tl.float32, bitcast=True)
     largest = tl.full(absmax.shape, 15.0 if UNSIGNED else 7.0, tl.float32)
-    return safe_scale(quotient(absmax, largest, False).to(dtype).to(tl.float32))
+    return safe_scale(quotient(absmax, largest, False, False).to(dtype).to(tl.float32))
 
 
 @triton.jit

@@ -118,9 +118,10 @@ def gemm_w4a4_gelu_kernel(
         if NEXT_UNSIGNED:
             wide += GELU_SHIFT
         smooth = tl.load(next_smooth_ptr + columns).to(tl.float32)
-        smoothed = quotient(wide, smooth[None, :], next_smooth_ptr.dtype.element_ty == tl.float32)
+        smoothed = quotient(wide, smooth[None, :], next_smooth_ptr.dtype.element_ty == tl.float32, PTX)
         next_scales = group_scales(smoothed, NEXT_UNSIGNED, dtype)
-        next_codes = round_to_code(quotient(smoothed, next_scales[:, None], dtype == tl.float32), NEXT_UNSIGNED)
+        scaled = quotient(smoothed, next_scales[:, None], dtype == tl.float32, PTX)
+        next_codes = round_to_code(scaled, NEXT_UNSIGNED)
         tl.store(next_scales_ptr + tile * M + rows, next_scales.to(dtype), mask=row_mask)
         next_codes_at = next_codes_ptr + rows[:, None] * (N // 2) + (tile * 32 + tl.arange(0, 32))[None, :]
         tl.store(next_codes_at, pack_codes(next_codes, BLOCK_M, 64), mask=row_mask[:, None])

@@ -48,13 +48,16 @@ def quantize_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EVEN: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """One program: BLOCK_M rows, all of K. Grid: (row blocks, blocks of BLOCK_R columns of proj_down)."""
+    """One program: BLOCK_M rows, all of K. Grid: (row blocks, blocks of BLOCK_R columns of proj_down). EVEN: blocks of
+    columns fit, and rows beyond the last one repeat it."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     rows = rows.to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
-    x_rows = x_ptr + rows[:, None] * x_stride
+    x_rows = x_ptr + tl.minimum(rows, M - 1)[:, None] * x_stride
     if NORM:
         mean, rstd = row_moments(x_rows, row_mask, K, eps, BLOCK_M, BLOCK_K)
         mod_rows = rows[:, None] // rows_per_mod * K
@@ -64,7 +67,10 @@ def quantize_act_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + columns
         mask = row_mask[:, None] & (k < K)[None, :]
-        x = tl.load(x_rows + k[None, :], mask=mask, other=0.0)
+        if EVEN:
+            x = tl.load(x_rows + k[None, :])
+        else:
+            x = tl.load(x_rows + k[None, :], mask=mask, other=0.0)
         if NORM:
             mod_scale = tl.load(mod_scale_ptr + mod_rows + k[None, :], mask=mask, other=0.0).to(tl.float32)
             mod_shift = tl.load(mod_shift_ptr + mod_rows + k[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -73,17 +79,23 @@ def quantize_act_kernel(
         if BLOCK_R > 0:
             down_mask = (k < K)[:, None] & (ranks < R)[None, :]
             down_at = down_ptr + k[:, None].to(tl.int64) * down_stride_k + ranks[None, :] * down_stride_r
-            down = tl.load(down_at, mask=down_mask, other=0.0)
+            if EVEN:
+                down = tl.load(down_at)
+            else:
+                down = tl.load(down_at, mask=down_mask, other=0.0)
             hidden = tl.dot(x, down.to(x.dtype), hidden, input_precision="ieee")
         if tl.program_id(1) == 0:
-            smooth = tl.load(smooth_ptr + k, mask=k < K, other=1.0).to(tl.float32)
+            if EVEN:
+                smooth = tl.load(smooth_ptr + k).to(tl.float32)
+            else:
+                smooth = tl.load(smooth_ptr + k, mask=k < K, other=1.0).to(tl.float32)
             wide = x.to(tl.float32)
             if UNSIGNED:
                 wide += GELU_SHIFT
-            smoothed = quotient(wide, smooth[None, :], smooth_ptr.dtype.element_ty == tl.float32)
+            smoothed = quotient(wide, smooth[None, :], smooth_ptr.dtype.element_ty == tl.float32, PTX)
             groups = tl.reshape(smoothed, [BLOCK_M, BLOCK_K // 64, 64])
             scales = group_scales(groups, UNSIGNED, scales_ptr.dtype.element_ty)
-            scaled = quotient(groups, scales[:, :, None], scales_ptr.dtype.element_ty == tl.float32)
+            scaled = quotient(groups, scales[:, :, None], scales_ptr.dtype.element_ty == tl.float32, PTX)
             codes = round_to_code(scaled, UNSIGNED)
             group = start // 64 + tl.arange(0, BLOCK_K // 64)
             scales_at = scales_ptr + group[None, :].to(tl.int64) * M + rows[:, None]
@@ -122,7 +134,7 @@ def config(arch: str, rank: int, dtype: torch.dtype, norm: bool) -> dict[str, in
     memory; columns of a wider one go to other programs, which read x again."""
     widest = 64 if dtype == torch.float32 else 128
     conf = {"BLOCK_M": 16, "BLOCK_K": 128, "BLOCK_R": min(max(16, triton.next_power_of_2(rank)), widest) if rank else 0}
-    conf |= {"num_warps": 4 if arch == "gfx942" else 8, "num_stages": 3}
+    conf |= {"num_warps": 4 if arch == "gfx942" else 8, "num_stages": 3, "PTX": arch.startswith("sm")}
     if norm or conf["BLOCK_R"] == 128:
         conf |= {"num_stages": 2}
     if dtype == torch.float32:
@@ -163,6 +175,7 @@ def launch(
         return codes, scales, hidden
     x = x if x.stride(1) == 1 else x.contiguous()
     conf = config(arch(x.device), rank, x.dtype, mod_scale is not None)
+    even = k % conf["BLOCK_K"] == 0 and rank > 0 and rank % conf["BLOCK_R"] == 0
     grid = (triton.cdiv(m, conf["BLOCK_M"]), triton.cdiv(rank, conf["BLOCK_R"]) if rank else 1)
     with torch.cuda.device_of(x):
         quantize_act_kernel[grid](
@@ -183,6 +196,7 @@ def launch(
             eps,
             UNSIGNED=act_unsigned,
             NORM=mod_scale is not None,
+            EVEN=even,
             **conf,
         )
     return codes, scales, hidden
@@ -247,16 +261,23 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types = {name: "*bf16" for name in ("x_ptr", "smooth_ptr", "down_ptr", "scales_ptr", "hidden_ptr")}
     types |= {"codes_ptr": "*i8", "M": "i32", "K": "i32:16", "R": "i32:16", "x_stride": "i32:16", "eps": "fp32"}
     types |= {"down_stride_k": "i32:16", "rows_per_mod": "i32:16"}
-    signed = {"down_stride_r": 1, "UNSIGNED": False, "NORM": False, "mod_scale_ptr": None, "mod_shift_ptr": None}
-    unsigned = signed | {"UNSIGNED": True}
+    signed = {
+        "down_stride_r": 1,
+        "UNSIGNED": False,
+        "NORM": False,
+        "EVEN": True,
+        "mod_scale_ptr": None,
+        "mod_shift_ptr": None,
+    }
+    unsigned = signed | {"UNSIGNED": True, "EVEN": False}
     mod = types | {"mod_scale_ptr": "*bf16", "mod_shift_ptr": "*bf16"}
-    norm = {"down_stride_r": 1, "UNSIGNED": False, "NORM": True}
+    norm = {"down_stride_r": 1, "UNSIGNED": False, "NORM": True, "EVEN": True}
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
     fp32 = {name: t.replace("bf16", "fp32") for name, t in types.items()}
     return {
         "signed": (quantize_act_kernel, types, signed, config(arch, 32, torch.bfloat16, False)),
         "unsigned": (quantize_act_kernel, fp16, unsigned, config(arch, 32, torch.float16, False)),
         "norm": (quantize_act_kernel, mod, norm, config(arch, 32, torch.bfloat16, True)),
-        "rank 160": (quantize_act_kernel, types, signed, config(arch, 160, torch.bfloat16, False)),
-        "float32": (quantize_act_kernel, fp32, signed, config(arch, 160, torch.float32, False)),
+        "rank 160": (quantize_act_kernel, types, signed | {"EVEN": False}, config(arch, 160, torch.bfloat16, False)),
+        "float32": (quantize_act_kernel, fp32, signed | {"EVEN": False}, config(arch, 160, torch.float32, False)),
     }

@@ -26,7 +26,8 @@ FLOAT16S = (torch.bfloat16, torch.float16)
 def config(part: str) -> dict[str, int]:
     """16 rows, as many columns as the registers of the compiled code hold; not measured."""
     amd = part.startswith("gfx")
-    return {"BLOCK_M": 16, "BLOCK_K": 64 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
+    tiles = {"BLOCK_M": 16, "BLOCK_K": 64 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
+    return tiles | {"PTX": part.startswith("sm")}
 
 
 @triton.jit
@@ -61,6 +62,7 @@ def encode_e2m1(v):
 def quantize_nvfp4_kernel(
     x, smooth, down, codes, scales, hidden, M, K, R, stride_m,
     SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows, all of K. Grid: (row blocks, blocks of BLOCK_R columns of proj_down)."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -69,14 +71,14 @@ def quantize_nvfp4_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        tile = load_x(x, rows, M, stride_m, ks, K)
-        acc = project(tile, down, ks, K, rs, R, acc)
+        tile = load_x(x, rows, M, stride_m, ks, K, EVEN)
+        acc = project(tile, down, ks, K, rs, R, acc, EVEN)
         if tl.program_id(1) == 0:
-            groups = smoothed(tile, smooth, ks, K, SHIFT).reshape(BLOCK_M, BLOCK_K // 16, 16)
+            groups = smoothed(tile, smooth, ks, K, SHIFT, EVEN, PTX).reshape(BLOCK_M, BLOCK_K // 16, 16)
             absmax = tl.max(magnitude_bits(groups), axis=2).to(tl.float32, bitcast=True)
             scale = encode_e4m3(tl.minimum(tl.div_rn(absmax, 6.0), 448.0, propagate_nan=tl.PropagateNan.ALL))
             scale = tl.where(scale == 0, 0x38, scale)
-            high, low = reciprocal(decode_e4m3(scale))
+            high, low = reciprocal(decode_e4m3(scale), PTX)
             code = encode_e2m1(divide(groups, high[:, :, None], low[:, :, None]))
             even, odd = tl.split(code.reshape(BLOCK_M, BLOCK_K // 2, 2))
             at = k // 2 + tl.arange(0, BLOCK_K // 2)
@@ -111,10 +113,11 @@ def quantize_nvfp4(
     if x.stride(1) != 1:
         x = x.contiguous()
     tiles, width = config(arch(x.device)), block_r(rank)
+    even = k % tiles["BLOCK_K"] == 0 and rank > 0 and rank % width == 0
     with torch.cuda.device_of(x):
         quantize_nvfp4_kernel[(triton.cdiv(m, tiles["BLOCK_M"]), max(1, triton.cdiv(rank, width)))](
             x, smooth_factor.contiguous(), proj_down.contiguous(), codes, scales.view(torch.uint8), hidden,
-            m, k, rank, x.stride(0), SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=width, **tiles,
+            m, k, rank, x.stride(0), SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=width, EVEN=even, **tiles,
         )  # fmt: skip
     return codes, scales, hidden
 
@@ -138,6 +141,6 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types |= {"codes": "*u8", "scales": "*u8", "M": "i32", "K": "i32:16", "R": "i32:16", "stride_m": "i32:16"}
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
     return {
-        "signed": (quantize_nvfp4_kernel, types, {"SHIFT": 0.0, "BLOCK_R": 32}, config(arch)),
-        "shifted": (quantize_nvfp4_kernel, fp16, {"SHIFT": GELU_SHIFT, "BLOCK_R": 64}, config(arch)),
+        "signed": (quantize_nvfp4_kernel, types, {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}, config(arch)),
+        "shifted": (quantize_nvfp4_kernel, fp16, {"SHIFT": GELU_SHIFT, "BLOCK_R": 64, "EVEN": False}, config(arch)),
     }

@@ -38,31 +38,42 @@ def config(part: str) -> dict[str, int]:
     columns give a thread four rows to share the reciprocal of λ among. AMD's pipeline buffers in registers.
     """
     amd = part.startswith("gfx")
-    return {"BLOCK_M": 16, "BLOCK_K": 128 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
+    tiles = {"BLOCK_M": 16, "BLOCK_K": 128 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
+    return tiles | {"PTX": part.startswith("sm")}
 
 
 @triton.jit
-def load_x(x, rows, M, stride_m, ks, K):
-    """A tile of the input, zero outside."""
-    pointers = x + rows.to(tl.int64)[:, None] * stride_m + ks[None, :]
-    return tl.load(pointers, mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0)
+def load_x(x, rows, M, stride_m, ks, K, EVEN: tl.constexpr):
+    """A tile of the input, zero beyond the last column; rows beyond the last one repeat it."""
+    pointers = x + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m + ks[None, :]
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(ks < K)[None, :], other=0.0)
 
 
 @triton.jit
-def smoothed(x, smooth, ks, K, SHIFT: tl.constexpr):
+def smoothed(x, smooth, ks, K, SHIFT: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr):
     """``(x + SHIFT) / λ`` in float32, 0 beyond the last column."""
-    factor = tl.load(smooth + ks, mask=ks < K, other=1.0)
     v = x.to(tl.float32)
     if SHIFT != 0.0:
-        v = tl.where((ks < K)[None, :], v + SHIFT, 0.0)
-    return quotient(v, factor.to(tl.float32)[None, :], factor.dtype == tl.float32)
+        v += SHIFT
+    if EVEN:
+        factor = tl.load(smooth + ks)
+    else:
+        factor = tl.load(smooth + ks, mask=ks < K, other=1.0)
+        if SHIFT != 0.0:
+            v = tl.where((ks < K)[None, :], v, 0.0)
+    return quotient(v, factor.to(tl.float32)[None, :], factor.dtype == tl.float32, PTX)
 
 
 @triton.jit
-def project(x, down, ks, K, rs, R, acc):
+def project(x, down, ks, K, rs, R, acc, EVEN: tl.constexpr):
     """``acc + x proj_down[ks, rs]``."""
-    mask = (ks < K)[:, None] & (rs < R)[None, :]
-    tile = tl.load(down + ks.to(tl.int64)[:, None] * R + rs[None, :], mask=mask, other=0.0)
+    pointers = down + ks.to(tl.int64)[:, None] * R + rs[None, :]
+    if EVEN:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(ks < K)[:, None] & (rs < R)[None, :], other=0.0)
     return tl.dot(x, tile.to(x.dtype), acc)
 
 
@@ -70,8 +81,9 @@ def project(x, down, ks, K, rs, R, acc):
 def quantize_token_kernel(
     x, smooth, down, codes, scales, hidden, M, K, R, stride_m,
     KIND: tl.constexpr, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row blocks, blocks of BLOCK_R columns of proj_down); the first of these quantizes."""
+    """Grid: (row blocks, blocks of BLOCK_R columns of proj_down); the first of these quantizes. EVEN: blocks fit."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     block = tl.arange(0, BLOCK_K)
     rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -79,11 +91,11 @@ def quantize_token_kernel(
     top = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
-        tile = load_x(x, rows, M, stride_m, k + block, K)
+        tile = load_x(x, rows, M, stride_m, k + block, K, EVEN)
         if tl.program_id(1) == 0:
-            size = tl.abs(smoothed(tile, smooth, k + block, K, SHIFT))
+            size = tl.abs(smoothed(tile, smooth, k + block, K, SHIFT, EVEN, PTX))
             top = tl.maximum(top, size, propagate_nan=tl.PropagateNan.ALL)
-        acc = project(tile, down, k + block, K, rs, R, acc)
+        acc = project(tile, down, k + block, K, rs, R, acc, EVEN)
     pointers = hidden + rows.to(tl.int64)[:, None] * R + rs[None, :]
     inside = (rows < M)[:, None]
     tl.store(pointers, acc.to(x.dtype.element_ty), mask=inside & (rs < R)[None, :])
@@ -96,14 +108,14 @@ def quantize_token_kernel(
         scale = scale.to(x.dtype.element_ty).to(tl.float32)
     scale = safe_scale(scale)
     tl.store(scales + rows, scale, mask=rows < M)
-    high, low = reciprocal(scale)
+    high, low = reciprocal(scale, PTX)
     if KIND == "fp8":
         high = tl.div_rn(1.0, scale)  # no format defines this one: a product is enough
 
     WIDE: tl.constexpr = 2 * BLOCK_K  # without the product's tiles there are registers for more rows a thread
     for back in range(0, K, WIDE):
         ks = (K - 1) // WIDE * WIDE - back + tl.arange(0, WIDE)
-        v = smoothed(load_x(x, rows, M, stride_m, ks, K), smooth, ks, K, SHIFT)
+        v = smoothed(load_x(x, rows, M, stride_m, ks, K, EVEN), smooth, ks, K, SHIFT, EVEN, PTX)
         q = v * high[:, None] if KIND == "fp8" else divide(v, high[:, None], low[:, None])
         code = encode(q, KIND)
         tl.store(codes + rows.to(tl.int64)[:, None] * K + ks[None, :], code, mask=inside & (ks < K)[None, :])
@@ -148,10 +160,11 @@ def quantize_token(
     if x.stride(1) != 1:
         x = x.contiguous()
     tiles, widest = config(arch(x.device)), block_r(rank)
+    even = k % (2 * tiles["BLOCK_K"]) == 0 and rank > 0 and rank % widest == 0  # the second pass takes two blocks
     with torch.cuda.device_of(x):
         quantize_token_kernel[(triton.cdiv(m, tiles["BLOCK_M"]), triton.cdiv(rank, widest) if rank else 1)](
             x, smooth_factor.contiguous(), proj_down.contiguous(), *outputs, m, k, rank, x.stride(0),
-            KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=widest, **tiles,
+            KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=widest, EVEN=even, **tiles,
         )  # fmt: skip
     return outputs
 
@@ -179,8 +192,8 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types = {name: "*bf16" for name in ("x", "smooth", "down", "hidden")}
     types |= {"scales": "*fp32", "M": "i32", "K": "i32:16", "R": "i32:16", "stride_m": "i32:16"}
     int8, fp16 = types | {"codes": "*i8"}, {name: t.replace("bf16", "fp16") for name, t in types.items()}
-    constants = {"SHIFT": 0.0, "BLOCK_R": 32}
-    shifted = constants | {"SHIFT": GELU_SHIFT}
+    constants = {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}
+    shifted = constants | {"SHIFT": GELU_SHIFT, "EVEN": False}
     cases = {
         "int8": (quantize_token_kernel, int8, constants | {"KIND": "int8"}, config(arch)),
         "uint8": (quantize_token_kernel, fp16 | {"codes": "*i8"}, shifted | {"KIND": "uint8"}, config(arch)),

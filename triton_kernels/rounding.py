@@ -10,9 +10,15 @@ MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest in
 
 
 @triton.jit
-def reciprocal(d):
-    """``1 / d`` of a float32 as the sum of two, good to about 2**-46, however roughly the backend divides."""
-    high = 1.0 / d
+def reciprocal(d, PTX: tl.constexpr):
+    """``1 / d`` of a float32 as the sum of two, good to about 2**-46, however roughly the backend divides.
+
+    PTX: one instruction, where a division takes eight to be right for d above 2**126 as well.
+    """
+    if PTX:
+        high = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [d], tl.float32, is_pure=True, pack=1)
+    else:
+        high = 1.0 / d
     return high, tl.fma(-high, d, 1.0) * high
 
 

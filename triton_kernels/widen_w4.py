@@ -71,7 +71,7 @@ def widen_w4_kernel(
     for group in range(first, tl.minimum(first + GROUPS * STEPS, K // 64), GROUPS):
         low, high = load_codes(weight, rows, N, group, K, GROUPS)
         scales = load_scales(weight_scale, rows, N, group, K, GROUPS)
-        ratio = quotient(scales, scale[:, None], weight_scale.dtype.element_ty == tl.float32)[:, :, None]
+        ratio = quotient(scales, scale[:, None], weight_scale.dtype.element_ty == tl.float32, False)[:, :, None]
         if KIND == "fp8":
             pair = tl.join((low * ratio).to(tl.float8e4nv), (high * ratio).to(tl.float8e4nv))
         else:

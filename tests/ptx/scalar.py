@@ -200,6 +200,13 @@ def convert(parts: tuple[str, ...], *values: Values) -> Values:
     raise NotImplementedError(f"cvt.{'.'.join(parts)}")
 
 
+def reciprocal(parts: tuple[str, ...], a: Values) -> Values:
+    """One unit in the last place off; ftz: numbers below 2**-126 are zeros."""
+    assert parts == ("approx", "ftz", "f32"), parts
+    result = off_by(1 / np.where(np.abs(a) < 2.0**-126, np.copysign(np.float32(0), a), a), 1)
+    return np.where(np.abs(result) < 2.0**-126, np.copysign(np.float32(0), result), result)
+
+
 OPS: dict[str, Callable[..., Values]] = {
     "add": arithmetic(np.add),
     "sub": arithmetic(np.subtract),
@@ -224,6 +231,7 @@ OPS: dict[str, Callable[..., Values]] = {
     "selp": lambda parts, a, b, p: np.where(p, a, b),
     "cvt": convert,
     "ex2": lambda parts, a: off_by(np.exp2(a), 2),
+    "rcp": reciprocal,
     "rsqrt": lambda parts, a: off_by(1 / np.sqrt(a), 1),
 }
 
