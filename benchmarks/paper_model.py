@@ -6,7 +6,7 @@ For FLUX.1's six shapes at M = 4608 and rank 32, averaged. Every part takes the 
 
     bf16      2 M N K / bf16 rate
     quantize  M K elements: the larger of bytes / bandwidth and instructions / issue rate
-    widen     N K elements: 1.5 bytes / bandwidth
+    widen     N K elements, likewise
     GEMM      2 M N K / (rate · min(1, clocks of the MMA / clocks of what is issued beside it))
     branch    2 M R (K + N) / bf16 rate
 
@@ -50,15 +50,20 @@ PARTS = (
 # INT4 units the three float instructions per element and group that no kernel avoids, two clocks each on sm 80.
 W4A4_SHARE = {"sm 80": 8 / 12.2, "sm 90": 128 / 344}
 INT4_SHARE = {"sm 80": 8 / 24}
-QUANTIZE_ACT = (2.56, 45)  # bytes and instructions per element of x
-QUANTIZE_TOKEN = (3.0, 27.4)  # both passes, docs/kernels_w8.md
+QUANTIZE_ACT = (2.56, 33.3)  # bytes and instructions per element of x: docs/kernels_w4a4.md
+QUANTIZE_TOKEN = (3.0, 21.3)  # both passes: docs/kernels_w8.md
+WIDEN = (1.5, 7.4)  # of the weight
+
+
+def pass_over(part: Part, size: float, instructions: float) -> float:
+    """Time per element, in 1e-12 s."""
+    return max(size / part.memory, instructions / part.issue)
 
 
 def seconds(part: Part, k: int, n: int, rate: float, share: float, quantize: tuple[float, float], widen: bool) -> float:
     """Of one linear; rates in TOP/s."""
-    size, instructions = quantize
-    quantized = M * k * max(size / part.memory, instructions / part.issue)
-    widened = 1.5 * n * k / part.memory if widen else 0.0
+    quantized = M * k * pass_over(part, *quantize)
+    widened = n * k * pass_over(part, *WIDEN) if widen else 0.0
     return 1e-12 * (quantized + widened + 2 * M * n * k / (rate * share) + 2 * M * RANK * (k + n) / part.bf16)
 
 

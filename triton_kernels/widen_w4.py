@@ -7,7 +7,7 @@
 
 ``weight (N, K/2)`` int8 or uint8, low nibble = even column, two's complement; ``weight_scale (K/64, N)``. Returns
 ``w8 (N, K)`` int8 or float8_e4m3fn, ``row_scale (N,)`` float32 and ``weight_sum (N,)`` int32, or ``(0,)``. The
-rounding adds about -43 dB (int8) or -33 dB (fp8) to the weight, against -19 dB of the 4-bit rounding itself
+rounding adds about -42 dB (int8) or -32 dB (fp8) to the weight, against -19 dB of the 4-bit rounding itself
 (`docs/kernels_w8.md`). The groups of the largest scale are exact: codes of -8...7 become -128...112, or -256...224.
 
 Memory-bound: K/2 bytes a row in, K bytes out.
