@@ -15,6 +15,7 @@ from comfyui_svdquant.svdq_core.formats import FORMATS, get_format
 from comfyui_svdquant.svdq_core.implementations import FUSED_MLP, IMPLEMENTATIONS, branch, torch_linear, torch_mlp
 from comfyui_svdquant.svdq_core.linear import linear_forward
 
+from fp8 import need
 from sampling import error_db
 
 CPU = torch.device("cpu")
@@ -453,6 +454,7 @@ def test_w4a8_in_plain_torch(unsigned):
 @pytest.mark.parametrize("name", [key for key in IMPLEMENTATIONS if "torch" not in key[1]], ids="-".join)
 def test_every_implementation_is_right(name, dtype, kernel_device):
     """The whole linear on the check's own layer, also with unsigned activations: what a GPU will have to pass."""
+    need("fp8" if name[1].endswith("fp8") else "int8", kernel_device)
     for unsigned in {False, name[0] in ("int4", "int8")}:
         size = backends.FEW if name[0] == "awq" else backends.SOME
         assert backends.check(IMPLEMENTATIONS[name], kernel_device, dtype, unsigned, size) is None
