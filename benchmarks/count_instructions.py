@@ -34,7 +34,8 @@ HEAD = """# Instructions per matrix instruction
 Written by `benchmarks/count_instructions.py` with Triton {version}; compiled, not run. For every kernel and GPU: the
 loop with most matrix instructions, per thread of one program. "MMA" counts its matrix instructions; the columns after
 it are other instructions per MMA, so fewer is leaner. They compare versions of one kernel on one part: an MMA of sm 90
-(`wgmma`, 64 rows of four warps) does more than one of sm 80 (`mma.sync`, 16 × 8 of one warp) or of AMD's.
+(`wgmma`, 64 rows of four warps) does more than one of sm 80 (`mma.sync`, 16 × 8 of one warp) or of AMD's. Kernels
+without any (MMA 0) have the instructions of a step of their longest loop there.
 
 On AMD a loop may be laid out in pieces: a row with hardly any "scale" shows one of them only.
 

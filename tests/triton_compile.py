@@ -83,7 +83,7 @@ def is_matrix(opcode: str) -> bool:
 
 
 def main_loop(lines: list[str]) -> list[str]:
-    """Of the loops (a backward branch and its target) that hold no other, the longest with matrix instructions."""
+    """The longest of the loops (a backward branch and its target) that hold no other; with products, if any has them."""
     at: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for i, line in enumerate(lines):
@@ -95,8 +95,8 @@ def main_loop(lines: list[str]) -> list[str]:
             if name in at:
                 loops.append((at[name], i))
     bodies = [lines[a : b + 1] for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    bodies = [body for body in bodies if any(is_matrix(opcode(line)) for line in body)]
-    return max(bodies, key=len, default=[])
+    products = [body for body in bodies if any(is_matrix(opcode(line)) for line in body)]
+    return max(products or bodies, key=len, default=[])
 
 
 def spills(compiled: Any, lines: list[str], arch: str) -> int:
