@@ -83,7 +83,7 @@ def is_matrix(opcode: str) -> bool:
 
 
 def main_loop(lines: list[str]) -> list[str]:
-    """The longest of the loops (a backward branch and its target) that hold no other; with products, if any has them."""
+    """The longest of the loops (a backward branch and its target) that hold no other; one with products, if any has."""
     at: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for i, line in enumerate(lines):

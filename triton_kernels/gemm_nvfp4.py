@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect
-from .gemm_w8a8 import BLOCK_R, add_branch, tile_of
+from .common import FLOATS, arch, expect, tile_of
+from .gemm_w8a8 import BLOCK_R, add_branch
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 NATIVE = ("sm100", "sm103", "sm120", "sm121")

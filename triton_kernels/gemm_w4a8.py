@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect
-from .gemm_w8a8 import tile_of
+from .common import FLOATS, arch, expect, tile_of
 from .rounding import MAGIC, codes_of, columns_at_once, expect_e4m3, has_e4m3
 
 FLOAT16S = (torch.bfloat16, torch.float16)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect
+from .common import FLOATS, arch, expect, tile_of
 from .rounding import columns_at_once, expect_e4m3, has_e4m3
 
 FLOAT16S = (torch.bfloat16, torch.float16)
@@ -63,16 +63,6 @@ def tiles_of(part: str, m: int, n: int, fp8: bool) -> dict[str, int]:
     tiles = CONFIGS.get(part, AMPERE if part.startswith("sm") else RDNA)
     few = triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) < WAVE
     return tiles | {"BLOCK_N": tiles["BLOCK_N"] // 2} if few else tiles
-
-
-@triton.jit
-def tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """This program's tile: down GROUP_M row blocks, then one column block on, so that both operands stay in L2."""
-    program, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    band = program // (GROUP_M * tiles_n)
-    height = min(tiles_m - band * GROUP_M, GROUP_M)
-    inside = program - band * GROUP_M * tiles_n
-    return band * GROUP_M + inside % height, inside // height
 
 
 @triton.jit
