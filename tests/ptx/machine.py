@@ -34,7 +34,7 @@ class Block:
         self.count = program.threads
         self.registers: dict[str, np.ndarray] = {}
         self.shared = Space([(0, np.full(shared, POISON, np.uint8))])
-        self.copies = Copies(memory, self.shared)
+        self.copies = Copies(memory, self.shared, np.zeros(self.count, int))
         thread = np.arange(self.count, dtype=np.uint32)
         self.special = {
             f"%ctaid.{axis}": np.full(self.count, p, np.uint32) for axis, p in zip("xyz", place, strict=True)
@@ -145,17 +145,16 @@ def atomic(i: Instruction, b: Block, mask: Mask) -> None:
 
 
 def copy(i: Instruction, b: Block, mask: Mask) -> None:
+    thread = np.arange(b.count) if mask is None else np.flatnonzero(mask)
     if i.op[2] == "commit_group":
-        assert mask is None, "groups of copies are kept for the block, not per thread"
-        b.copies.commit()
+        b.copies.commit(thread)
     elif i.op[2] == "wait_group":
-        b.copies.wait(i.args[0])
+        b.copies.wait(thread, i.args[0])
     else:
-        active = np.ones(b.count, bool) if mask is None else mask
         target, source = address(b, i.args[0], b.shared), address(b, i.args[1], b.memory)
         size = i.args[2]
         read = b.read(i.args[3], "u32") if len(i.args) > 3 else np.full(b.count, size)
-        b.copies.start(target[active], source[active], size, read[active])
+        b.copies.start(thread, target[thread], source[thread], size, read[thread])
 
 
 def matrices(i: Instruction, b: Block, mask: Mask) -> None:

@@ -66,26 +66,30 @@ class Copies:
 
     source: Space
     target: Space
-    open: list[tuple] = field(default_factory=list)
-    groups: list[list[tuple]] = field(default_factory=list)
+    groups: np.ndarray  # how many each thread has closed
+    underway: list[tuple] = field(default_factory=list)  # size; per thread its number, group, target, source, read
 
-    def start(self, target: np.ndarray, source: np.ndarray, size: int, read: np.ndarray) -> None:
+    def start(self, thread: np.ndarray, target: np.ndarray, source: np.ndarray, size: int, read: np.ndarray) -> None:
         """``size`` bytes per thread, of which the first ``read`` are copied and the others zero."""
         for at in range(0, size, word := min(size, 8)):
             self.target.store(target + np.uint64(at), np.full(len(target), -1, f"i{word}").view(f"u{word}"))
-        self.open.append((target, source, size, read))
+        self.underway.append((size, thread, self.groups[thread], target, source, read))
 
-    def commit(self) -> None:
-        self.groups.append(self.open)
-        self.open = []
+    def commit(self, thread: np.ndarray) -> None:
+        self.groups[thread] += 1
 
-    def wait(self, left: int) -> None:
-        """All but the latest ``left`` groups arrive."""
-        while len(self.groups) > left:
-            for copy in self.groups.pop(0):
-                self.arrive(*copy)
+    def wait(self, thread: np.ndarray, left: int) -> None:
+        """All but the latest ``left`` groups of these threads arrive."""
+        until = np.zeros_like(self.groups)
+        until[thread] = self.groups[thread] - left
+        copies, self.underway = self.underway, []
+        for size, *lanes in copies:
+            ready = lanes[1] < until[lanes[0]]
+            self.arrive(size, *(part[ready] for part in lanes[2:]))
+            if not ready.all():
+                self.underway.append((size, *(part[~ready] for part in lanes)))
 
-    def arrive(self, target: np.ndarray, source: np.ndarray, size: int, read: np.ndarray) -> None:
+    def arrive(self, size: int, target: np.ndarray, source: np.ndarray, read: np.ndarray) -> None:
         word = min(size, 8)
         for at in range(0, size, word):
             whole = read >= at + word
