@@ -77,6 +77,14 @@ def instruction(text: str) -> Instruction:
     return Instruction(tuple(op.split(".")), tuple(operand(a) for a in split(args)), guard, bool(negated), text)
 
 
+def own_labels(scope: re.Match) -> str:
+    """Labels of inline assembly are their scope's own: they get names that no others have."""
+    text = scope[0]
+    for name in re.findall(r"^\s*(\w+):\s", text, re.MULTILINE):
+        text = re.sub(rf"\b{name}\b", f"{name}_{scope.start()}", text)
+    return text
+
+
 def parse(ptx: str) -> Program:
     """The one kernel of a module that Triton made."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
@@ -87,6 +95,7 @@ def parse(ptx: str) -> Program:
     program = Program(head.split("(")[0].strip(), [(n, t[1:]) for t, n in params], int(threads[1]))
     # scopes of inline assembly only name temporaries; the braces that open and close them are alone or lead a line
     body = re.sub(r"^\s*\.(loc|pragma)[^\n]*", "", body, flags=re.MULTILINE)
+    body = re.sub(r"\{[^{}]*\}", own_labels, body)
     for statement in re.split(r";|(?<=:)\n", body):
         statement = re.sub(r"^[\s{}]+", "", statement).strip()
         while m := re.match(r"([$\w]+):\s*", statement):
