@@ -21,7 +21,7 @@ def test_no_kernel_is_left_out():
     assert not [file.name for file in FILES if "@pytest.mark.ptx" not in file.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm90", "sm120"])
+@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm90", "sm100", "sm120"])
 def test_kernels_are_right_on(arch: str):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there has its own turn

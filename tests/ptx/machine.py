@@ -6,7 +6,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from . import matrix
+from . import matrix, tensor_memory
 from .memory import POISON, Copies, Space
 from .scalar import OPS, TYPES, sources
 from .text import Instruction, Program
@@ -35,6 +35,7 @@ class Block:
         self.registers: dict[str, np.ndarray] = {}
         self.shared = Space([(0, np.full(shared, POISON, np.uint8))])
         self.copies = Copies(memory, self.shared, np.zeros(self.count, int))
+        self.tensor = tensor_memory.TensorMemory()
         thread = np.arange(self.count, dtype=np.uint32)
         self.special = {
             f"%ctaid.{axis}": np.full(self.count, p, np.uint32) for axis, p in zip("xyz", place, strict=True)
@@ -242,20 +243,20 @@ def nothing(i: Instruction, b: Block, mask: Mask) -> None:
 
 RUN: dict[str, Callable[[Instruction, Block, Mask], None]] = {name: simple for name in OPS}
 RUN |= {"mov": move, "ld": load, "st": store, "ldmatrix": matrices, "stmatrix": matrices, "mma": mma, "wgmma": wgmma}
-RUN |= {"atom": atomic, "shfl": shuffle, "redux": reduce, "fence": nothing}
+RUN |= {"atom": atomic, "shfl": shuffle, "redux": reduce, "fence": nothing, "bar.warp": nothing, "cp.async": copy}
+RUN |= tensor_memory.RUN
+RUN |= dict.fromkeys(("tcgen05.wait::ld", "tcgen05.wait::st", "tcgen05.relinquish_alloc_permit"), nothing)
 
 
 def step(i: Instruction) -> Callable[[Block, Mask], None] | None:
     """What the instruction does; None for those that only say where threads go on."""
-    if i.op[0] in ("bra", "ret") or i.op[:2] == ("bar", "sync"):
+    name = ".".join(i.op[:2])
+    if i.op[0] in ("bra", "ret") or name in ("bar.sync", "mbarrier.try_wait"):
         return None
-    if i.op[:2] == ("cp", "async"):
-        return partial(copy, i)
-    if i.op[:2] == ("bar", "warp"):
-        return partial(nothing, i)
-    if i.op[0] not in RUN:
+    run = RUN.get(name) or RUN.get(i.op[0])
+    if run is None:
         raise NotImplementedError(f"no such instruction here: {i.text}")
-    return partial(RUN[i.op[0]], i)
+    return partial(run, i)
 
 
 class Runner:
@@ -266,14 +267,30 @@ class Runner:
         self.all = np.ones(block.count, bool)
         self.at = {0: self.all}  # instruction -> threads that are to run it
         self.waiting: dict[int, np.ndarray] = {}  # the same, at a barrier
+        self.blocked: dict[int, np.ndarray] = {}  # the same, at an mbarrier
 
     def go(self, mask: np.ndarray, where: int) -> None:
         if mask is self.all or mask.any():
             both = self.at[where] | mask if where in self.at else mask
             self.at[where] = self.all if both is self.all or both.all() else both
 
+    def wait(self, mask: np.ndarray, where: int) -> None:
+        """``mbarrier.try_wait``: it lets through; the others try again when nobody else can go on."""
+        i = self.block.program.code[where]
+        done = tensor_memory.over(i, self.block, mask)
+        self.block.write(i.args[0], done, mask)
+        self.go(done, where + 1)
+        if (mask & ~done).any():
+            self.blocked[where] = self.blocked.get(where, np.zeros(self.block.count, bool)) | mask & ~done
+
     def release(self) -> None:
-        """Everybody who still runs is at the barrier."""
+        """Everybody who still runs is at a barrier."""
+        blocked, self.blocked = self.blocked, {}
+        for where, mask in blocked.items():
+            self.wait(mask, where)
+        if self.at:
+            return
+        assert not self.blocked, "threads wait for products that nobody commits"
         assert len(self.waiting) == 1, f"threads wait at {len(self.waiting)} barriers for each other"
         ((where, mask),) = self.waiting.items()
         self.waiting = {}
@@ -281,7 +298,7 @@ class Runner:
 
     def run(self, steps: list) -> None:
         b, code, labels = self.block, self.block.program.code, self.block.program.labels
-        while self.at or self.waiting:
+        while self.at or self.waiting or self.blocked:
             if not self.at:
                 self.release()
             here = min(self.at)
@@ -297,6 +314,9 @@ class Runner:
                 self.go(threads & ~active, here + 1)
             elif i.op[0] == "ret":
                 self.go(threads & ~active, here + 1)
+            elif i.op[0] == "mbarrier" and steps[here] is None:
+                self.go(threads & ~active, here + 1)
+                self.wait(active, here)
             elif steps[here] is None:  # a barrier
                 self.waiting[here] = self.waiting.get(here, np.zeros(b.count, bool)) | active
             else:
@@ -320,3 +340,4 @@ def launch(
                 for x in range(grid[0]):
                     block = Block(program, (x, y, z), params, memory, shared, arch)
                     Runner(block).run(steps)
+                    assert not block.tensor.taken, "tensor memory that nobody gave back"

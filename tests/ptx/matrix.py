@@ -109,16 +109,18 @@ def store_matrices(space, addresses: np.ndarray, words: list[np.ndarray], trans:
 
 
 def described(space, descriptor: int, rows: int, width: int, kind: str, along_rows: bool) -> np.ndarray:
-    """The operand of ``wgmma`` that a descriptor names: (rows, width / bytes of a number); section 9.7.15.5.1.
+    """(rows, numbers in ``width`` bytes) of ``wgmma`` (section 9.7.15.5.1) or ``tcgen05.mma`` (9.7.16.4.1).
 
+    Bits 61 to 63 say how it lies in memory; ``wgmma`` knows the upper two of them.
     ``along_rows``: rows, not columns, lie side by side in memory (``tnsp``; 16 bit only).
     """
     start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
-    atom = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
+    atom = {0: 16, 2: 128, 4: 64, 6: 32}[descriptor >> 61]
     mask = {16: 0, 128: 7, 64: 3, 32: 1}[atom]
-    size = BITS[kind] // 8
+    size = max(BITS[kind] // 8, 1)  # two e2m1 go together
     row, column = np.meshgrid(np.arange(rows), np.arange(width // size), indexing="ij")
     if along_rows:
+        assert atom > 16, "leading and stride trade places where nothing is swizzled"
         byte = row * size
         at = byte // atom * leading + column // 8 * stride + column % 8 * atom + byte % atom
     else:
