@@ -21,7 +21,7 @@ from .text import Instruction
 if TYPE_CHECKING:
     from .machine import Block, Mask
 
-LANES, COLUMNS = 128, 512
+COLUMNS = 512
 FORMATS = {"f16": ("f16", "bf16"), "f8f6f4": ("e4m3",), "mxf4nvf4": (None, "e2m1")}  # by number in a descriptor
 DEPTH = 32  # bytes of a row of A or of a column of B that one instruction multiplies, whatever the type
 
@@ -30,7 +30,7 @@ DEPTH = 32  # bytes of a row of A or of a column of B that one instruction multi
 class TensorMemory:
     """A block's tensor memory, with what is on its way to it."""
 
-    cells: np.ndarray = field(default_factory=lambda: np.empty((LANES, COLUMNS), np.uint32))
+    cells: np.ndarray = field(default_factory=lambda: np.empty((128, COLUMNS), np.uint32))
     taken: dict[int, int] = field(default_factory=dict)  # first column -> columns
     queue: list[Callable[[], None]] = field(default_factory=list)  # products and arrivals at barriers, in order
     phases: dict[int, int] = field(default_factory=dict)  # barrier's address -> how many phases it has completed
@@ -54,7 +54,7 @@ class TensorMemory:
         self.phases[barrier] += 1
 
     def complete(self, barrier: int, parity: int) -> bool:
-        """Whether the phase of this parity is over, once all that was committed so far has happened."""
+        """Whether the phase of this parity is over; what is on its way happens now, as far as that needs it."""
         while self.phases[barrier] & 1 == parity and self.queue:
             self.queue.pop(0)()
         return self.phases[barrier] & 1 != parity
@@ -83,13 +83,15 @@ def give_back(i: Instruction, b: Block, mask: Mask) -> None:
 @cache
 def places(shape: str, repeat: int, split: int) -> tuple[np.ndarray, np.ndarray]:
     """Lane and column of each of a warp's registers, (32, registers): section 9.7.16.2.3."""
-    thread, j = np.arange(32)[:, None], np.arange(repeat * (4 if shape == "16x256b" else 1))
-    if shape == "32x32b":
-        return thread, j
+    together = {"16x128b": 1, "16x256b": 2}.get(shape, 0)  # registers side by side in a row; a pair of rows, repeated
+    thread, j = np.arange(32)[:, None], np.arange(repeat * max(2 * together, 1))
+    if together:
+        column = thread % 4 * together + j % together
+        return thread // 4 + j // together % 2 * 8, j // (2 * together) * 4 * together + column
     if shape == "16x32bx2":
         return thread % 16, j + thread // 16 * split
-    assert shape == "16x256b", shape
-    return thread // 4 + j // 2 % 2 * 8, j // 4 * 8 + thread % 4 * 2 + j % 2
+    assert shape == "32x32b", shape
+    return thread, j
 
 
 def transfer(i: Instruction, b: Block, mask: Mask) -> None:
@@ -112,38 +114,62 @@ def transfer(i: Instruction, b: Block, mask: Mask) -> None:
 
 def scales(memory: TensorMemory, address: int, rows: int) -> np.ndarray:
     """(rows, 4), section 9.7.16.10.7: four to a cell, 32 rows to a column, and all that for each 32 lanes again."""
-    cells = memory.cells[:, memory.columns(address, rows // 32)].reshape(4, 32, -1)
+    cells = memory.cells[:, memory.columns(address, -(-rows // 32))].reshape(4, 32, -1)
     assert (cells == cells[0]).all(), "scales differ from warp to warp"
-    return from_e4m3(np.ascontiguousarray(cells[0].T)[..., None].view(np.uint8)).reshape(rows, 4)
+    return from_e4m3(np.ascontiguousarray(cells[0].T).view(np.uint8)).reshape(-1, 4)[:rows]
 
 
-def product(b: Block, kind: str, target: int, left: int, right: int, form: int, by: list[int], adding: bool) -> None:
+def lanes(address: int, rows: int) -> np.ndarray:
+    """Of the rows of D, and of A where that is in tensor memory: layouts F and D of section 9.7.16.10.5."""
+    row = np.arange(rows)
+    return (address >> 16) + {64: row // 16 * 32 + row % 16, 128: row}[rows]
+
+
+def inside(memory: TensorMemory, address: int, rows: int, width: int, kind: str, along_rows: bool) -> np.ndarray:
+    """A from tensor memory, a cell as full as it gets; arguments and result as of `matrix.described`."""
+    assert not along_rows
+    cells = memory.cells[lanes(address, rows), memory.columns(address, width // 4)]
+    return matrix.decode(cells.view(np.uint8), kind)
+
+
+Operand = Callable[[int, int, str, bool], np.ndarray]  # `inside` or `matrix.described`, from a place
+
+
+def product(
+    memory: TensorMemory, kind: str, target: int, left: Operand, right: Operand, form: int, by: list[int], adding: bool
+) -> None:
     """D = A B + D (section 9.7.16.10); ``form``: the instruction descriptor (9.7.16.4.2)."""
     rows, columns = (form >> 24 & 31) << 4, (form >> 17 & 63) << 3
     known = 7 << 7 | 7 << 10 | 3 << 15 | 63 << 17 | 31 << 24
     assert form & ~known == (0 if by else 1 << 4), f"sparse, negated, or no float32 sums: {form:#x}"
-    assert all(d >> 46 & 0x7F == 1 for d in (left, right)), "not tcgen05's descriptor of shared memory"
     kinds = FORMATS[kind][form >> 7 & 7], FORMATS[kind][form >> 10 & 7]
     assert kinds[0] == kinds[1], kinds
-    x = matrix.described(b.shared, left, rows, DEPTH, kinds[0], bool(form >> 15 & 1))
-    y = matrix.described(b.shared, right, columns, DEPTH, kinds[1], bool(form >> 16 & 1))
+    x = left(rows, DEPTH, kinds[0], bool(form >> 15 & 1))
+    y = right(columns, DEPTH, kinds[1], bool(form >> 16 & 1))
     if by:
-        x, y = (v * np.repeat(scales(b.tensor, at, len(v)), 16, axis=1) for v, at in zip((x, y), by, strict=True))
-    row = np.arange(rows)
-    lane = (target >> 16) + {64: row // 16 * 32 + row % 16, 128: row}[rows]  # layouts F and D
-    part = b.tensor.cells[:, b.tensor.columns(target, columns)].view(np.float32)
-    part[lane] = matrix.multiply(x, y.T, part[lane] if adding else np.zeros((rows, columns), "f4"), kinds[0], None)
+        x, y = (v * np.repeat(scales(memory, at, len(v)), 16, axis=1) for v, at in zip((x, y), by, strict=True))
+    at = lanes(target, rows), memory.columns(target, columns)
+    cells = memory.cells.view(np.float32)
+    cells[at] = matrix.multiply(x, y.T, cells[at] if adding else np.zeros((rows, columns), "f4"), kinds[0], None)
+
+
+def factor(b: Block, arg, mask: Mask) -> Operand:
+    """A or B: an address in tensor memory (in brackets), or a descriptor of shared memory."""
+    if isinstance(arg, tuple):
+        return partial(inside, b.tensor, value(b, arg, mask))
+    descriptor = value(b, arg, mask, "b64")
+    assert descriptor >> 46 & 0x7F == 1, "not tcgen05's descriptor"
+    return partial(matrix.described, b.shared, descriptor)
 
 
 def mma(i: Instruction, b: Block, mask: Mask) -> None:
     assert mask is not None and mask.sum() == 1, "one thread starts a product"
-    kind = i.op[3].removeprefix("kind::")
-    assert i.op[4:] == (("block_scale", "scale_vec::4X") if kind == "mxf4nvf4" else ()), i.text
-    target, left, right, form, *by, add = i.args
-    assert not isinstance(left, tuple) and len(by) == 2 * (kind == "mxf4nvf4"), i.text  # all of A in shared memory
-    operands = [value(b, target, mask), value(b, left, mask, "b64"), value(b, right, mask, "b64"), value(b, form, mask)]
-    scales_at = [value(b, arg, mask) for arg in by]
-    b.tensor.queue.append(partial(product, b, kind, *operands, scales_at, bool(value(b, add, mask, "pred"))))
+    kind, scaled = i.op[3].removeprefix("kind::"), i.op[4:] == ("block_scale", "scale_vec::4X")
+    (target, left, right, form), by, add = i.args[:4], i.args[4:-1], i.args[-1]
+    assert scaled == (kind == "mxf4nvf4") and (scaled or not i.op[4:]) and len(by) == 2 * scaled, i.text
+    factors = factor(b, left, mask), factor(b, right, mask)
+    numbers = value(b, form, mask), [value(b, arg, mask) for arg in by], bool(value(b, add, mask, "pred"))
+    b.tensor.queue.append(partial(product, b.tensor, kind, value(b, target, mask), *factors, *numbers))
 
 
 def commit(i: Instruction, b: Block, mask: Mask) -> None:
