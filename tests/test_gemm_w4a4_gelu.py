@@ -92,6 +92,7 @@ def test_large_values_of_either_sign(on):
     check(a, True, on)
 
 
+@pytest.mark.ptx
 def test_nan_stays_in_its_row(on):
     a = draw(5, 128, 64, 16, 16, torch.bfloat16, 1)
     a["scales"][2] = float("nan")
