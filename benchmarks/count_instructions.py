@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import triton  # noqa: E402
 
-from triton_compile import ARCHS, compile_files, is_matrix  # noqa: E402
+from triton_compile import ARCHS, KERNELS, compile_files, is_matrix  # noqa: E402
 
 # What an instruction of a loop is for, by its name, the first that fits. SASS (NVIDIA) | GCN and RDNA (AMD).
 CLASSES = {
@@ -75,11 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="*")
     args = parser.parse_args()
-    every = sorted(
-        p.stem for p in (ROOT / "triton_kernels").glob("*.py") if "def compile_cases" in p.read_text("utf-8")
-    )
     with tempfile.TemporaryDirectory() as cache:
-        results = [r for kernel in args.kernels or every for r in compile_files([kernel], Path(cache), list(ARCHS))]
+        results = [r for kernel in args.kernels or KERNELS for r in compile_files([kernel], Path(cache), list(ARCHS))]
     if bad := [r for r in results if "error" in r]:
         raise SystemExit("\n".join(f"{r['file']} {r['case']} {r['arch']}: {r['error']}" for r in bad))
     text = HEAD.format(version=triton.__version__) + tables(results)

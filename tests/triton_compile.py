@@ -25,6 +25,9 @@ SHARED = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448, "sm100
 SHARED |= {"gfx942": 65536, "gfx1100": 65536, "gfx1201": 65536}
 ARCHS = tuple(SHARED)
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = sorted(
+    path.stem for path in (ROOT / "triton_kernels").glob("*.py") if "def compile_cases" in path.read_text("utf-8")
+)
 
 
 def target(arch: str) -> Any:

@@ -31,7 +31,7 @@ def config(part: str, m: int, k: int, fp8: bool) -> dict[str, int]:
     tiles = tiles_of(part, m)
     at_once = columns_at_once(part, k) if fp8 else 0
     if at_once:
-        tiles = tiles | {"BLOCK_M": max(tiles["BLOCK_M"] // 2, 16)}
+        tiles = tiles | {"BLOCK_M": tiles["BLOCK_M"] // 2}
     return tiles | {"PARTS": at_once // 64}
 
 

@@ -68,11 +68,13 @@ class Block:
     def warps(self, arg, kind: str = "b32") -> np.ndarray:
         return self.read(arg, kind).reshape(-1, 32)
 
+    def active(self, mask: Mask) -> np.ndarray:
+        """Which threads run."""
+        return np.ones(self.count, bool) if mask is None else mask
+
     def whole(self, mask: Mask) -> np.ndarray:
         """Which warps run."""
-        if mask is None:
-            return np.ones(self.count // 32, bool)
-        lanes = mask.reshape(-1, 32)
+        lanes = self.active(mask).reshape(-1, 32)
         assert (lanes.all(1) == lanes.any(1)).all(), "an instruction for whole warps, in part of one"
         return lanes.any(1)
 
@@ -120,7 +122,7 @@ def load(i: Instruction, b: Block, mask: Mask) -> None:
         return
     space = b.memory if i.op[1] == "global" else b.shared
     names, dtype = as_list(i.args[0]), TYPES[i.op[-1]]
-    at, active = address(b, i.args[1], space), np.ones(b.count, bool) if mask is None else mask
+    at, active = address(b, i.args[1], space), b.active(mask)
     space.aligned(at[active], dtype.itemsize * len(names))
     for j, name in enumerate(names):
         value = np.zeros(b.count, f"u{dtype.itemsize}")
@@ -131,7 +133,7 @@ def load(i: Instruction, b: Block, mask: Mask) -> None:
 def store(i: Instruction, b: Block, mask: Mask) -> None:
     space = b.memory if i.op[1] == "global" else b.shared
     names, kind = as_list(i.args[1]), i.op[-1]
-    at, active = address(b, i.args[0], space), np.ones(b.count, bool) if mask is None else mask
+    at, active = address(b, i.args[0], space), b.active(mask)
     size = TYPES[kind].itemsize
     space.aligned(at[active], size * len(names))
     for j, name in enumerate(names):
@@ -141,12 +143,12 @@ def store(i: Instruction, b: Block, mask: Mask) -> None:
 def atomic(i: Instruction, b: Block, mask: Mask) -> None:
     """Whose former value nobody reads."""
     assert i.op[1] == "global" and i.op[-2:] == ("add", "u32"), i.text
-    active = np.ones(b.count, bool) if mask is None else mask
+    active = b.active(mask)
     b.memory.add_to(address(b, i.args[1], b.memory)[active], b.read(i.args[2], "u32")[active])
 
 
 def copy(i: Instruction, b: Block, mask: Mask) -> None:
-    thread = np.arange(b.count) if mask is None else np.flatnonzero(mask)
+    thread = np.flatnonzero(b.active(mask))
     if i.op[2] == "commit_group":
         b.copies.commit(thread)
     elif i.op[2] == "wait_group":
@@ -332,7 +334,7 @@ def launch(
     program: Program, grid: tuple[int, int, int], args: list[int], memory: Space, shared: int, arch: str
 ) -> None:
     """Run it. ``args``: the values of its parameters, addresses for tensors."""
-    params = {name: value for (name, _), value in zip(program.params, args, strict=True)}
+    params = dict(zip(program.params, args, strict=True))
     steps = [step(i) for i in program.code]
     with np.errstate(all="ignore"):
         for z in range(grid[2]):

@@ -21,7 +21,7 @@ class Instruction:
 @dataclass
 class Program:
     name: str
-    params: list[tuple[str, str]]  # name, type
+    params: list[str]
     threads: int
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -91,8 +91,8 @@ def parse(ptx: str) -> Program:
     kernel = r"\.visible \.entry (.*?)\n\{\n(.*?)\n\}\n(?=\s*(?:\.file|\.section|$))"
     head, body = re.search(kernel, ptx, re.DOTALL).groups()
     threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", head)
-    params = re.findall(r"\.param (\.\w+).*? (\w+)(?=,?\n)", head)
-    program = Program(head.split("(")[0].strip(), [(n, t[1:]) for t, n in params], int(threads[1]))
+    params = re.findall(r"\.param .*? (\w+)(?=,?\n)", head)
+    program = Program(head.split("(")[0].strip(), params, int(threads[1]))
     # scopes of inline assembly only name temporaries; the braces that open and close them are alone or lead a line
     body = re.sub(r"^\s*\.(loc|pragma)[^\n]*", "", body, flags=re.MULTILINE)
     body = re.sub(r"\{[^{}]*\}", own_labels, body)
