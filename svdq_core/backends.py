@@ -62,7 +62,7 @@ FEW, SOME = 16, 512  # tokens: a GEMM is bound by reading the weight up to about
 
 def fp8_first(arch: str, size: int, k: int) -> bool:
     """On Hopper Triton waits for each step's int8 products, but for fp8 ones only in long rows (`columns_at_once`)."""
-    return arch in TCGEN05 or (arch == "sm90" and not size and k <= 4096)
+    return arch in TCGEN05 or (arch == "sm90" and not size and k <= triton_kernels.EXACT_SUMS)
 
 
 def shipped_order(arch: str, fmt: str, size: int, k: int) -> list[str]:

@@ -5,6 +5,8 @@ Import the file of the kernel you want; nothing here imports Triton, which not e
 
 import importlib.util
 
+EXACT_SUMS = 4096  # columns of e4m3 that Ada's and Hopper's matrix units sum well enough (`rounding.columns_at_once`)
+
 
 def why_not() -> str | None:
     """Why kernels cannot run here, or None if they can: Triton and a GPU, or Triton's interpreter on the CPU."""

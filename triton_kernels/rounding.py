@@ -6,6 +6,8 @@ The formats (float32 division, codes rounded half to even, NaN kept) leave no ro
 import triton
 import triton.language as tl
 
+from . import EXACT_SUMS
+
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer, ties to even, in the low mantissa
 
 
@@ -68,7 +70,7 @@ def safe_scale(scale):
     return tl.where(scale < float("inf"), scale, float("nan"))
 
 
-EXACT_SUMS, PART = 4096, 512  # columns
+PART = 512  # columns
 
 
 def columns_at_once(arch: str, k: int) -> int:
