@@ -80,9 +80,11 @@ def kitchen_why_not(arch: str, ops: tuple[str, ...]) -> str | None:
         from comfy_kitchen.registry import registry
     except ImportError:
         return "comfy-kitchen is not installed"
-    if any(registry.get_capable_backend(op) not in ("cuda", "hip") for op in ops):
-        return "comfy-kitchen has no compiled kernels for this device"
-    return None
+    try:
+        compiled = all(registry.get_capable_backend(op) in ("cuda", "hip") for op in ops)
+    except Exception as error:  # an older comfy-kitchen, which does not know the op or has another registry
+        return f"comfy-kitchen cannot say whether it has {' and '.join(ops)} ({type(error).__name__})"
+    return None if compiled else "comfy-kitchen has no compiled kernels for this device"
 
 
 def branch(x: Tensor, layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -69,6 +69,18 @@ def kernel_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def cpu_kernels(kernel_device: torch.device) -> Iterator[None]:
+    """Kernels run on tensors of the CPU, on which ComfyUI runs in the tests: as PTX where there is a GPU."""
+    if kernel_device.type == "cpu":
+        yield
+        return
+    from ptx.driver import pretend
+
+    with pretend("sm80"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def comfy_path() -> Path:
     """The ComfyUI that the tests use. Without one the test fails: skipping would look like success."""

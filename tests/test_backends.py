@@ -37,18 +37,27 @@ def force(monkeypatch):
     return lambda name: monkeypatch.setattr(backends, "FORCED", name)
 
 
-def layer_and_input(fmt="int4", m=37, k=128, n=128, dtype=torch.bfloat16, unsigned=False, rank=24):
-    return backends.random_layer(get_format(fmt), m, k, n, CPU, dtype, rank, unsigned)
+def layer_and_input(fmt="int4", m=37, k=128, n=128, dtype=torch.bfloat16, unsigned=False, rank=24, device=CPU):
+    return backends.random_layer(get_format(fmt), m, k, n, device, dtype, rank, unsigned)
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """The CPU passes for an sm90 where the choice is made; there is no comfy-kitchen for it."""
-    monkeypatch.setattr(backends, "device_arch", lambda device: "sm90")
+def no_kitchen(monkeypatch):
+    """comfy-kitchen has no kernels at all."""
+    from comfy_kitchen.registry import BackendRegistry
+
+    monkeypatch.setattr(sys.modules["comfy_kitchen.registry"], "registry", BackendRegistry())
 
 
-def names(fmt="int4", activations="auto", size=0, k=3072, n=9216, forced="") -> list[str]:
-    return [i.name for i in backends.ranked(CPU, fmt, activations, size, k, n, forced)]
+@pytest.fixture
+def hopper(no_kitchen, monkeypatch):
+    """The CPU passes for an sm90 where the choice is made."""
+    arch = backends.device_arch
+    monkeypatch.setattr(backends, "device_arch", lambda device: "sm90" if device == CPU else arch(device))
+
+
+def names(fmt="int4", activations="auto", size=0, k=3072, n=9216, forced="", device=CPU) -> list[str]:
+    return [i.name for i in backends.ranked(device, fmt, activations, size, k, n, forced)]
 
 
 # ---- the order -------------------------------------------------------------------------------------------
@@ -102,7 +111,7 @@ def test_cpu_and_forced(kernel_device):
     assert names(forced="nonsense") == ["torch"]
 
 
-def test_what_cannot_run_is_left_out(monkeypatch):
+def test_what_cannot_run_is_left_out(no_kitchen, monkeypatch):
     monkeypatch.setattr(backends, "device_arch", lambda device: "sm86")
     assert names()[0] == "triton-widened-int8", "without comfy-kitchen's compiled kernels"
     assert not [name for name in names() if "fp8" in name]
@@ -138,6 +147,12 @@ def test_comfy_kitchen_is_asked_for_the_op(monkeypatch):
     assert "no compiled kernels" in kitchen.why_not("sm86")
     registry.register("cuda", cuda, dict.fromkeys(("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4")))
     assert kitchen.why_not("sm86") is None
+
+
+def test_older_comfy_kitchen_without_the_op(no_kitchen):
+    """It raises when asked for what it does not know; the linear runs by other means."""
+    reason = IMPLEMENTATIONS["int4", "kitchen-w4a4"].why_not("sm89")
+    assert "scaled_mm_svdquant_w4a4 (NoCapableBackendError)" in reason
 
 
 def test_awq_for_many_tokens():
@@ -197,15 +212,15 @@ def test_measuring(hopper, kernel_device, monkeypatch):
     """What `svdquant bench` does on a GPU: all that is right is timed, and then the choice goes by that."""
     from comfyui_svdquant.svdq_core import benchmark
 
-    layer, x = layer_and_input(m=16, k=64, n=64)
+    layer, x = layer_and_input(m=16, k=64, n=64, device=kernel_device)
     wrong = replace(IMPLEMENTATIONS["int4", "triton-w4a4"], run=no_branch)
     monkeypatch.setitem(IMPLEMENTATIONS, ("int4", "triton-w4a4"), wrong)
     times = benchmark.measure(layer, x)
     assert {"torch", "torch-w4a8", "triton-widened-int8"} <= times.keys() and "triton-w4a4" not in times
     assert all(ms > 0 for ms in times.values())
-    backends.store_measurements(CPU, {backends.shape_key("int4", 16, 64, 64): times})
+    backends.store_measurements(kernel_device, {backends.shape_key("int4", 16, 64, 64): times})
     fastest = min(times, key=times.get)
-    assert backends.choice(x, layer).name == fastest == names(size=16, k=64, n=64)[0]
+    assert backends.choice(x, layer).name == fastest == names(size=16, k=64, n=64, device=kernel_device)[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"a": 1}', b'{"a": {"b": {"c": "fast"}}}'])
@@ -393,11 +408,12 @@ def test_missing_compiler_is_said_once(monkeypatch, force, caplog):
 def test_log_says_what_runs(kernel_device, force, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     force("triton-w4a4")
-    layer, x = layer_and_input()
+    layer, x = layer_and_input(device=kernel_device)
     for _ in range(2):
         backends.linear(x, layer)
-    assert caplog.text.count("int4 (activations: auto) runs through triton-w4a4 on cpu") == 1
-    assert caplog.text.count("compiling kernels for cpu, once") == 1
+    name = backends.device_name(kernel_device)
+    assert caplog.text.count(f"int4 (activations: auto) runs through triton-w4a4 on {name}") == 1
+    assert caplog.text.count(f"compiling kernels for {name}, once") == 1
     from comfyui_svdquant import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "why_not", lambda: "Triton is not installed")
@@ -472,10 +488,10 @@ def test_branch_is_filled_up(rank, padded):
 @pytest.mark.parametrize("name", ["triton-w4a4", "triton-widened-int8"])
 def test_ragged_batches_and_other_dtypes(name, dtypes, kernel_device):
     """x (2, 19, K) not contiguous, in another dtype than the file's; a wide branch as LoRAs make it; no bias."""
-    layer, _ = layer_and_input(dtype=dtypes[1], k=192, n=136, rank=75)
+    layer, _ = layer_and_input(dtype=dtypes[1], k=192, n=136, rank=75, device=kernel_device)
     layer.bias = None
     implementation = IMPLEMENTATIONS["int4", name]
-    x = torch.randn(192, 2, 19, generator=torch.Generator().manual_seed(1)).to(dtypes[0]).permute(1, 2, 0)
+    x = torch.randn(192, 2, 19, generator=torch.Generator().manual_seed(1)).to(kernel_device, dtypes[0]).permute(1, 2, 0)
     found = implementation.run(x.reshape(-1, 192), layer)
     wanted = torch_linear(x.reshape(-1, 192), layer, "int8" if "int8" in name else None)
     assert found.dtype == dtypes[0] and error_db(found, wanted.double()) < implementation.tolerance_db
@@ -484,7 +500,7 @@ def test_ragged_batches_and_other_dtypes(name, dtypes, kernel_device):
 def test_through_the_op(kernel_device, force):
     """SVDQUANT_BACKEND=triton on a CPU: the same op, choice and check as on a GPU, with an empty input, too."""
     force("triton-w4a4")
-    layer, x = layer_and_input()
+    layer, x = layer_and_input(device=kernel_device)
     wanted = IMPLEMENTATIONS["int4", "triton-w4a4"].run(x, layer)
     found = backends.linear(x[None], layer)
     assert torch.equal(found, wanted[None]) and not backends.REJECTED
@@ -498,7 +514,7 @@ def test_gradients(kernel_device, force):
     from comfyui_svdquant.svdq_core.host.layout import as_tensor
 
     force("triton-w4a4")
-    layer, x = layer_and_input()
+    layer, x = layer_and_input(device=kernel_device)
     weight = as_tensor(layer, torch.bfloat16)
     x.requires_grad_()
     torch.nn.functional.linear(x, weight, layer.bias).sum().backward()
@@ -509,21 +525,21 @@ def test_gradients(kernel_device, force):
 def test_op_compiles_without_graph_breaks(fmt, kernel_device, force):
     """As TorchCompileModel would on a GPU: one opaque op in one graph, for any number of tokens."""
     force("triton")
-    layer, _ = layer_and_input(fmt)
+    layer, _ = layer_and_input(fmt, device=kernel_device)
 
     def around(x):
         return backends.linear(torch.nn.functional.silu(x), layer) * 2
 
     compiled = torch.compile(around, fullgraph=True, backend="aot_eager")  # the default one calls a C++ compiler here
     for m in (5, 9):
-        x = torch.randn(2, m, 128, generator=torch.Generator().manual_seed(m)).bfloat16()
+        x = torch.randn(2, m, 128, generator=torch.Generator().manual_seed(m)).to(kernel_device, torch.bfloat16)
         assert error_db(compiled(x), around(x).double()) < -40  # silu may round once more or less
 
 
 def test_opcheck(kernel_device, force):
     """torch's own checks of schema, fake implementation and tracing."""
     force("triton-w4a4")
-    layer, x = layer_and_input(m=16, k=64, n=64)
+    layer, x = layer_and_input(m=16, k=64, n=64, device=kernel_device)
     t = layer.tensors
     arguments = (x, t["weight"], t["weight_scale"], None, None, layer.smooth_factor, layer.proj_down, layer.proj_up)
     torch.library.opcheck(
@@ -536,9 +552,9 @@ def test_opcheck(kernel_device, force):
 # ---- the MLP ---------------------------------------------------------------------------------------------
 
 
-def two_layers(unsigned=True, rank=40):
-    first, x = layer_and_input(m=37, k=128, n=192)
-    second, _ = layer_and_input(k=192, n=128, unsigned=unsigned, rank=rank)
+def two_layers(device, unsigned=True, rank=40):
+    first, x = layer_and_input(m=37, k=128, n=192, device=device)
+    second, _ = layer_and_input(k=192, n=128, unsigned=unsigned, rank=rank, device=device)
     return x, first, second
 
 
@@ -550,7 +566,7 @@ def test_fused_mlp_is_right(dtype, unsigned, kernel_device):
 
 def test_mlp_is_fused_where_both_layers_are_ours(kernel_device, force, monkeypatch, caplog):
     force("triton-w4a4")
-    x, first, second = two_layers()
+    x, first, second = two_layers(kernel_device)
     fused = backends.mlp(x[None], first, second, "auto")[0]
     assert torch.equal(fused, FUSED_MLP.run(x, first, second)) and not caplog.records
     after_another = backends.linear(torch.nn.functional.gelu(backends.linear(x, first), approximate="tanh"), second)
@@ -564,17 +580,17 @@ def test_wrong_fused_mlp_is_not_used(kernel_device, force, monkeypatch, caplog):
     force("triton-w4a4")
     wrong = replace(FUSED_MLP, run=lambda x, first, second: torch_linear(torch_linear(x, first), second))  # no GELU
     monkeypatch.setattr(backends, "FUSED_MLP", wrong)
-    x, first, second = two_layers()
+    x, first, second = two_layers(kernel_device)
     hidden = torch.nn.functional.gelu(backends.linear(x, first), approximate="tanh")
     for _ in range(2):
         assert torch.equal(backends.mlp(x, first, second, "auto"), backends.linear(hidden, second))
-    assert caplog.text.count("triton-w4a4-mlp is not used on cpu (its result is") == 1
+    assert caplog.text.count(f"triton-w4a4-mlp is not used on {backends.device_name(kernel_device)} (its result is") == 1
 
 
 def test_mlp_with_too_much_scratch_is_not_fused(kernel_device, force, monkeypatch):
     """One place, 37 tokens, rank 40 as 48, in float32."""
     force("triton-w4a4")
-    x, first, second = two_layers()
+    x, first, second = two_layers(kernel_device)
     used = []
     monkeypatch.setattr(backends, "FUSED_MLP", replace(FUSED_MLP, run=lambda *a: used.append(a) or torch_mlp(*a)))
     monkeypatch.setattr(backends, "MAX_SCRATCH", 37 * 48 * 4)

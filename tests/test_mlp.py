@@ -1,6 +1,6 @@
 """The MLP of a 4-bit model in ComfyUI: one op where nothing sits between, its children where something does.
 
-The kernels run on the CPU, in Triton's interpreter, because SVDQUANT_BACKEND asks for them.
+The kernels run on the CPU, where ComfyUI is in the tests, because SVDQUANT_BACKEND asks for them.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from torch import nn
 
 from sampling import denoised, error_db, load, loaded
 
-pytestmark = pytest.mark.usefixtures("host", "kernel_device")
+pytestmark = pytest.mark.usefixtures("host", "cpu_kernels")
 
 
 @pytest.fixture(scope="module")
