@@ -308,8 +308,20 @@ def choice(x: Tensor, layer: QuantizedLinear, activations: str = "auto") -> Impl
     return next(working(x, layer, activations))
 
 
+def expect_one_device(x: Tensor, layer: QuantizedLinear) -> None:
+    """:class:`ValueError` that names what is elsewhere: it must not look like a failure of the implementations."""
+    rest = {name: getattr(layer, name) for name in ("smooth_factor", "proj_down", "proj_up", "bias")}
+    for name, tensor in (layer.tensors | rest).items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"SVDQuant: the input of a quantized linear is on {x.device}, but its {name} is on {tensor.device}. "
+                "A node has moved one of them: load the model again, and leave that node out."
+            )
+
+
 def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
     """``x (M, K)`` through the best implementation that works."""
+    expect_one_device(x, layer)
     for implementation in working(x, layer, activations):
         try:
             return run(implementation, x, layer)
@@ -538,6 +550,8 @@ MAX_SCRATCH = 64 << 20  # bytes
 
 def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
     """``x (M, K)``: fused where both layers take our W4A4 kernel, else one after the other."""
+    for layer in (first, second):
+        expect_one_device(x, layer)
     shapes = shape_class(x, first, activations), shape_class(x, second, activations)
     key = (FUSED_MLP, x.device, x.dtype, shapes)
     ours = all(choice(x, layer, activations).name == "triton-w4a4" for layer in (first, second))

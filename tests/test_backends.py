@@ -491,7 +491,11 @@ def test_ragged_batches_and_other_dtypes(name, dtypes, kernel_device):
     layer, _ = layer_and_input(dtype=dtypes[1], k=192, n=136, rank=75, device=kernel_device)
     layer.bias = None
     implementation = IMPLEMENTATIONS["int4", name]
-    x = torch.randn(192, 2, 19, generator=torch.Generator().manual_seed(1)).to(kernel_device, dtypes[0]).permute(1, 2, 0)
+    x = (
+        torch.randn(192, 2, 19, generator=torch.Generator().manual_seed(1))
+        .to(kernel_device, dtypes[0])
+        .permute(1, 2, 0)
+    )
     found = implementation.run(x.reshape(-1, 192), layer)
     wanted = torch_linear(x.reshape(-1, 192), layer, "int8" if "int8" in name else None)
     assert found.dtype == dtypes[0] and error_db(found, wanted.double()) < implementation.tolerance_db
@@ -584,7 +588,9 @@ def test_wrong_fused_mlp_is_not_used(kernel_device, force, monkeypatch, caplog):
     hidden = torch.nn.functional.gelu(backends.linear(x, first), approximate="tanh")
     for _ in range(2):
         assert torch.equal(backends.mlp(x, first, second, "auto"), backends.linear(hidden, second))
-    assert caplog.text.count(f"triton-w4a4-mlp is not used on {backends.device_name(kernel_device)} (its result is") == 1
+    assert (
+        caplog.text.count(f"triton-w4a4-mlp is not used on {backends.device_name(kernel_device)} (its result is") == 1
+    )
 
 
 def test_mlp_with_too_much_scratch_is_not_fused(kernel_device, force, monkeypatch):

@@ -1,0 +1,36 @@
+"""An NVIDIA GPU that is not there, for whole programs: torch, Triton, ComfyUI and comfy-aimdo take it for a real one.
+
+`driver.c` is CUDA's runtime and driver on memory of the host, with late copies and streams that must be waited for;
+`operators.py` runs torch's operators on that memory, and `kernels.py` compiled Triton kernels (as PTX, `tests/ptx`).
+`environment()` is what a child process needs to see it. So the code that only runs on a GPU is tested without one: the
+choice of kernels, CUDA graphs, devices that do not match, partly loaded models, ComfyUI's dynamic VRAM. It knows
+nothing of speed, and comfy-kitchen's compiled kernels do not run on it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+
+HERE = Path(__file__).parent
+
+
+def build(folder: Path) -> Path:
+    """The compiled driver. The compiler is of requirements-dev.txt, the headers came with torch and Triton."""
+    site, library = Path(torch.__file__).parents[1], folder / "libcuda.so.1"
+    includes = [site / "nvidia" / "cu13" / "include", Path(triton.__file__).parent / "backends/nvidia/include"]
+    command = [sys.executable, "-m", "ziglang", "cc", "-O1", "-shared", "-fPIC", "-w", str(HERE / "driver.c"),
+               *(f"-I{each}" for each in includes), "-o", str(library), "-Wl,-soname,libcuda.so.1"]  # fmt: skip
+    subprocess.run(command, check=True)
+    return library
+
+
+def environment(library: Path, **settings: str) -> dict[str, str]:
+    """For a child process; ``settings`` as ``mib="4096"`` are those of driver.c."""
+    paths = [str(HERE / "start"), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    named = {f"SVDQ_GPU_{name.upper()}": value for name, value in settings.items()}
+    visible = {"CUDA_VISIBLE_DEVICES": "0", "TRITON_INTERPRET": "0"}
+    return {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(paths), **visible, **named}

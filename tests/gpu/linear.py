@@ -1,0 +1,55 @@
+"""Run by `test_gpu.py` on the emulated GPU: one quantized linear per format, as ComfyUI calls it. Prints JSON."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from comfyui_svdquant.svdq_core import backends
+from comfyui_svdquant.svdq_core.formats import FORMATS
+from comfyui_svdquant.svdq_core.implementations import torch_linear
+
+GPU = torch.device("cuda")
+M, K, N, RANK = 8, 256, 128, 32
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(10 * ((found.float() - wanted.float()).square().sum() / wanted.float().square().sum()).log10())
+
+
+def message(call: Any) -> str:
+    try:
+        call()
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return "nothing was raised"
+
+
+def facts(fmt: str) -> dict[str, Any]:
+    layer, x = backends.random_layer(FORMATS[fmt], M, K, N, GPU, torch.bfloat16, RANK)
+    y = backends.linear(x, layer)
+    chosen = backends.choice(x, layer)
+    grid = "int8" if (fmt, chosen.activations) == ("int4", "8 bit") else None
+    on_cpu = {name: tensor.cpu() for name, tensor in layer.tensors.items()}
+    transposed = x.t().contiguous().t()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # a wait for the GPU is an error here
+        captured = backends.linear(x, layer)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        elsewhere = backends.linear(x, layer)
+    return {
+        "chosen": chosen.name,
+        "device": str(y.device),
+        "error": error(y, torch_linear(x, layer, grid)),
+        "captured": error(captured, y),
+        "on another stream": error(elsewhere, y),
+        "not contiguous": error(backends.linear(transposed, layer), y),
+        "empty": list(backends.linear(x[:0], layer).shape),
+        "weight elsewhere": message(lambda: backends.linear(x, replace(layer, tensors=on_cpu))),
+        "bias elsewhere": message(lambda: backends.linear(x, replace(layer, bias=layer.bias.cpu()))),
+        "rejected": list(backends.REJECTED.values()),
+    }
+
+
+if __name__ == "__main__":
+    backends.CHECKED, backends.CHECKED_K = dict.fromkeys(backends.CHECKED, (33, 128)), 256  # PTX in NumPy is slow
+    print(json.dumps({fmt: facts(fmt) for fmt in FORMATS}))

@@ -1,0 +1,143 @@
+"""The plugin on an NVIDIA GPU that is emulated (`tests/gpu`): in a real ComfyUI with its dynamic VRAM, and by itself.
+
+Plain torch runs the linears in ComfyUI here (SVDQUANT_BACKEND=torch), since compiled kernels in NumPy are slow.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import gpu
+from host.install import ROOT
+from host.prompts import insert, prompt, quantize_prompt, run
+from host.server import ComfyServer
+from sampling import error_db
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: the emulated driver is preloaded")
+
+MODES = {
+    "dynamic VRAM": (),
+    "offloaded": ("--disable-dynamic-vram", "--novram"),
+    "all on the GPU": ("--gpu-only",),
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    return gpu.build(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory) -> Path:
+    """On the branch, and on a modulation, which has none."""
+    path, tensors = tmp_path_factory.mktemp("lora") / "lora.safetensors", {}
+    generator = torch.Generator().manual_seed(0)
+    for layer, n, k in (("double_blocks.0.img_attn.proj", 256, 256), ("single_blocks.1.modulation.lin", 768, 256)):
+        tensors[f"diffusion_model.{layer}.lora_A.weight"] = torch.randn(8, k, generator=generator) / 4
+        tensors[f"diffusion_model.{layer}.lora_B.weight"] = torch.randn(n, 8, generator=generator) / 4
+    save_file(tensors, path)
+    return path
+
+
+def comfyui(base: Path, library: Path, flags: tuple[str, ...], **settings: str) -> ComfyServer:
+    env = {"OMP_NUM_THREADS": "1", "SVDQUANT_BACKEND": "torch"} | gpu.environment(library, **settings)
+    packs = [ROOT / "examples" / "demo" / "comfy_nodes", ROOT / "tests" / "host" / "nodes"]
+    return ComfyServer(packs=packs, base=base, args=flags, env=env)
+
+
+def latents(server: ComfyServer) -> Iterator[tuple[str, Tensor]]:
+    """What a user may do in one session, by name."""
+    plain = prompt("int4.safetensors", cfg=2.0)
+    lora = {"lora_name": "lora.safetensors"}
+    yield "plain", run(server, plain)
+    yield "ordinary LoRA", run(server, insert(plain, "LoraLoaderModelOnly", strength_model=0.9, **lora))
+    yield "SVDQuant LoRA", run(server, insert(plain, "SVDQuantLoRA", strength=0.9, **lora))
+    eight = plain | {"model": {**plain["model"], "inputs": {**plain["model"]["inputs"], "activations": "8 bit"}}}
+    yield "8 bit", run(server, eight)
+    server.free(unload_models=True)
+    yield "another picture, after unloading", run(server, prompt("int4.safetensors", steps=3))
+    server.free(unload_models=True, free_memory=True)
+    yield "plain, loaded again", run(server, plain)
+
+
+@pytest.fixture(scope="module")
+def by_mode(library: Path, lora: Path, small_flux_files: dict[str, Path], tmp_path_factory) -> dict[str, dict]:
+    """Latents, and the log, of ComfyUI in each mode."""
+    results = {}
+    for mode, flags in MODES.items():
+        with comfyui(tmp_path_factory.mktemp("server"), library, flags) as server:
+            server.add_model(small_flux_files["int4"])
+            server.add_model(lora, "loras")
+            results[mode] = dict(latents(server)) | {"log": server.log()}
+    return results
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_where_the_weights_are_does_not_matter(mode: str, by_mode: dict[str, dict]):
+    """The same bits with weights that come from the CPU, late, on streams of their own, as with weights that stay."""
+    found, wanted = by_mode[mode], by_mode["all on the GPU"]
+    assert "Device: cuda:0 Emulated GPU sm_89" in found["log"]
+    assert ("DynamicVRAM support detected and enabled" in found["log"]) == (mode == "dynamic VRAM")
+    assert "runs through torch on Emulated GPU" in found["log"] and "Traceback" not in found["log"]
+    for name in wanted.keys() - {"log"}:
+        assert torch.equal(found[name], wanted[name]), name
+        assert found[name].isfinite().all(), name
+    assert torch.equal(found["plain, loaded again"], found["plain"])
+    assert torch.equal(found["ordinary LoRA"], found["SVDQuant LoRA"])
+    assert error_db(found["SVDQuant LoRA"], found["plain"]) > -30 and error_db(found["8 bit"], found["plain"]) > -60
+
+
+def test_a_stream_that_does_not_wait_is_seen(library: Path, small_flux_files: dict[str, Path], tmp_path: Path):
+    """What the test above relies on: weights that are used before they have arrived are NaN."""
+    with comfyui(tmp_path, library, MODES["offloaded"], no_wait="1") as server:
+        server.add_model(small_flux_files["int4"])
+        assert run(server, prompt("int4.safetensors")).isnan().any()
+
+
+def test_quantize(library: Path, small_flux_files: dict[str, Path], tmp_path: Path):
+    """SVDQuant Quantize solves on the GPU, and SVDQuant Loader samples what it wrote."""
+    graph = quantize_prompt("fast")
+    graph["model"]["inputs"]["unet_name"] = "bf16.safetensors"
+    graph["quantize"]["inputs"] |= {"max_prompts": 2, "steps": 2, "size": 64}
+    with comfyui(tmp_path, library, MODES["dynamic VRAM"]) as server:
+        server.add_model(small_flux_files["bf16"])
+        server.run(graph)
+        found = run(server, prompt("demo_fast.safetensors"))
+        unet = {"class_type": "UNETLoader", "inputs": {"unet_name": "bf16.safetensors", "weight_dtype": "default"}}
+        wanted = run(server, prompt("") | {"model": unet})
+        assert "DynamicVRAM support detected and enabled" in server.log()
+    assert -60 < error_db(found, wanted) < -6
+
+
+def test_the_linear(library: Path):
+    """Every format by its kernels: right, within a CUDA graph, and with what is elsewhere refused by name."""
+    env = {**os.environ, **gpu.environment(library)}
+    done = subprocess.run([sys.executable, gpu.HERE / "linear.py"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    chosen = {"int4": "triton-w4a8-int8", "nvfp4": "triton-nvfp4", "int8": "triton-w8a8", "awq": "triton-w4a16"}
+    assert {fmt: found["chosen"] for fmt, found in facts.items()} == chosen
+    for found in facts.values():
+        assert found["device"] == "cuda:0" and found["error"] < -36
+        assert all(found[way] < -60 for way in ("captured", "on another stream", "not contiguous"))
+        assert found["empty"] == [0, 128] and not found["rejected"]
+        for name in ("weight", "bias"):
+            message = f"ValueError: SVDQuant: the input of a quantized linear is on cuda:0, but its {name} is on cpu"
+            assert message in found[f"{name} elsewhere"]
+
+
+def test_the_choice(library: Path):
+    """The tests of it pass where there is a GPU as well."""
+    command = [Path(sys.executable).with_name("pytest"), "-p", "no:cacheprovider", ROOT / "tests" / "test_backends.py"]
+    which = "op or gradients or log_says or ragged or opcheck or wrong_fused or many"
+    env = {**os.environ, **gpu.environment(library)}
+    done = subprocess.run([*command, "-k", which], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout
