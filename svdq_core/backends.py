@@ -261,7 +261,8 @@ def announce(chosen: Implementation, device: torch.device, shape: tuple[str, str
         return
     SAID.add((device, fmt, activations))
     passed = skipped(chosen, device, shape)
-    reasons = "".join(f"; not {name}: {reason}" for name, reason in passed.items())
+    names = {reason: [name for name in passed if passed[name] == reason] for reason in passed.values()}
+    reasons = "".join(f"; not {', '.join(those)}: {reason}" for reason, those in names.items())
     level, warned = logging.INFO, set(passed.values()) & set(REJECTED.values())
     if FORCED and passed and not warned and not begins_with(chosen.name, FORCED):
         level, reasons = logging.WARNING, f", although SVDQUANT_BACKEND asks for {FORCED}{reasons}"

@@ -18,7 +18,7 @@ from torch import Tensor
 import gpu
 from host.install import ROOT
 from host.prompts import insert, prompt, quantize_prompt, run
-from host.server import ComfyServer
+from host.server import ComfyServer, PromptError
 from sampling import error_db
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: the emulated driver is preloaded")
@@ -115,6 +115,20 @@ def test_quantize(library: Path, small_flux_files: dict[str, Path], tmp_path: Pa
         wanted = run(server, prompt("") | {"model": unet})
         assert "DynamicVRAM support detected and enabled" in server.log()
     assert -60 < error_db(found, wanted) < -6
+
+
+def test_quantize_out_of_memory(library: Path, small_flux_files: dict[str, Path], tmp_path: Path):
+    """24 MiB are too few to solve an MLP: the error says so, nothing is lost, and the server goes on."""
+    graph = quantize_prompt("balanced")
+    graph["model"]["inputs"]["unet_name"] = "bf16.safetensors"
+    graph["quantize"]["inputs"] |= {"max_prompts": 2, "steps": 2, "size": 64}
+    with comfyui(tmp_path, library, ("--disable-dynamic-vram",), mib="24") as server:
+        for form in ("bf16", "int4"):
+            server.add_model(small_flux_files[form])
+        with pytest.raises(PromptError, match=r"the GPU's memory ran out while solving \w+.*solved so far are kept"):
+            server.run(graph)
+        assert run(server, prompt("int4.safetensors")).isfinite().all()
+        assert "loaded partially" in server.log()
 
 
 def test_the_linear(library: Path):
