@@ -298,7 +298,7 @@ def solve_group(
     if kept is not None:
         return kept, len(kept)
     try:
-        solved = solve_shared_input(
+        layers = solve_shared_input(
             [w.to(device) for w in weights],
             None if x is None else x.to(device),
             [None if b is None else b.to(device) for b in biases],
@@ -308,6 +308,7 @@ def solve_group(
             check,
             absmax,
         )
+        solved = [to_cpu(layer) for layer in layers]
     except SVDQuantError as error:
         raise SVDQuantError(f"{source.name}: {group.names[0]}: {error}") from None
     except torch.OutOfMemoryError:
@@ -318,6 +319,15 @@ def solve_group(
     tensors = {k: t for n, layer in zip(group.names, solved, strict=True) for k, t in layer.state_dict(n).items()}
     write_checkpoint(part, tensors, {n: json.dumps(q.info) for n, q in zip(group.names, solved, strict=True)})
     return read_part(part, group) or solved, 0  # read back, so that memory holds no more than one group
+
+
+def to_cpu(layer: QuantizedLinear) -> QuantizedLinear:
+    """The same layer with its tensors on the CPU."""
+    layer.tensors = {name: t.cpu() for name, t in layer.tensors.items()}
+    for name in ("smooth_factor", "proj_down", "proj_up", "bias"):
+        tensor = getattr(layer, name)
+        setattr(layer, name, None if tensor is None else tensor.cpu())
+    return layer
 
 
 def read_part(part: Path, group: LayerGroup) -> list[QuantizedLinear] | None:

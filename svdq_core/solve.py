@@ -62,7 +62,7 @@ def solve_linear(
 
     ``samples`` None means that only the weight's statistics are known. ``act_unsigned`` allows the unsigned
     activation grid (inputs after GELU); the solver takes it where it lowers the error. ``check`` is called
-    often and may raise to interrupt. Solved on the weight's device in float32; the result lies on the CPU.
+    often and may raise to interrupt. Solved in float32 on the weight's device, where the result lies, too.
 
     Raises :class:`SVDQuantError` for shapes, dtypes or values that cannot be quantized.
     """
@@ -176,7 +176,7 @@ def finish(
         info={"alpha": chosen.alpha, "rank": up.shape[1]},
     )
     layer.info["error_db"] = output_error_db(layer, w, bias, x)
-    return to_cpu(layer)
+    return layer
 
 
 def solve_w4a16(w: Tensor, x: Tensor, bias: Tensor | None, fmt: AWQ, dtype: torch.dtype) -> QuantizedLinear:
@@ -184,7 +184,7 @@ def solve_w4a16(w: Tensor, x: Tensor, bias: Tensor | None, fmt: AWQ, dtype: torc
     tensors = fmt.solve(w, x.square().mean(dim=0), dtype)
     layer = QuantizedLinear(fmt, tensors, bias=None if bias is None else bias.to(w.device, dtype))
     layer.info = {"alpha": None, "rank": 0, "error_db": output_error_db(layer, w, bias, x)}
-    return to_cpu(layer)
+    return layer
 
 
 def output_error_db(layer: QuantizedLinear, w: Tensor, bias: Tensor | None, x: Tensor) -> float:
@@ -196,15 +196,6 @@ def output_error_db(layer: QuantizedLinear, w: Tensor, bias: Tensor | None, x: T
         noise += float((layer.forward(rows) - exact).square().sum())
         signal += float(product.square().sum())
     return 10 * math.log10(max(noise, 1e-30) / max(signal, 1e-30))
-
-
-def to_cpu(layer: QuantizedLinear) -> QuantizedLinear:
-    """The same layer with its tensors on the CPU."""
-    layer.tensors = {name: t.cpu() for name, t in layer.tensors.items()}
-    for name in ("smooth_factor", "proj_down", "proj_up", "bias"):
-        tensor = getattr(layer, name)
-        setattr(layer, name, None if tensor is None else tensor.cpu())
-    return layer
 
 
 def check_weight(weight: Tensor, bias: Tensor | None, samples: Tensor | None, fmt: Format) -> Tensor:

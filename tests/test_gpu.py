@@ -136,7 +136,8 @@ def test_the_linear(library: Path):
     env = {**os.environ, **gpu.environment(library)}
     done = subprocess.run([sys.executable, gpu.HERE / "linear.py"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    result = json.loads(done.stdout)
+    facts, solved = result["linear"], result["solved"]
     chosen = {"int4": "triton-w4a8-int8", "nvfp4": "triton-nvfp4", "int8": "triton-w8a8", "awq": "triton-w4a16"}
     assert {fmt: found["chosen"] for fmt, found in facts.items()} == chosen
     for found in facts.values():
@@ -146,6 +147,7 @@ def test_the_linear(library: Path):
         for name in ("weight", "bias"):
             message = f"ValueError: SVDQuant: the input of a quantized linear is on cuda:0, but its {name} is on cpu"
             assert message in found[f"{name} elsewhere"]
+    assert solved["device"] == "cuda:0" and solved["error"] < -18
 
 
 def test_the_choice(library: Path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from comfyui_svdquant.svdq_core import backends
+from comfyui_svdquant.svdq_core import backends, solve_linear
 from comfyui_svdquant.svdq_core.formats import FORMATS
 from comfyui_svdquant.svdq_core.implementations import torch_linear
 
@@ -50,6 +50,13 @@ def facts(fmt: str) -> dict[str, Any]:
     }
 
 
+def solved() -> dict[str, Any]:
+    """A layer that was solved on the GPU lies there."""
+    w, x = torch.randn(N, K, device=GPU) / K**0.5, torch.randn(64, K, device=GPU)
+    y = solve_linear(w, x).forward(x)
+    return {"device": str(y.device), "error": error(y, x @ w.t())}
+
+
 if __name__ == "__main__":
     backends.CHECKED, backends.CHECKED_K = dict.fromkeys(backends.CHECKED, (33, 128)), 256  # PTX in NumPy is slow
-    print(json.dumps({fmt: facts(fmt) for fmt in FORMATS}))
+    print(json.dumps({"linear": {fmt: facts(fmt) for fmt in FORMATS}, "solved": solved()}))
