@@ -311,9 +311,8 @@ def choice(x: Tensor, layer: QuantizedLinear, activations: str = "auto") -> Impl
 
 def expect_one_device(x: Tensor, layer: QuantizedLinear) -> None:
     """:class:`ValueError` that names what is elsewhere: it must not look like a failure of the implementations."""
-    rest = {name: getattr(layer, name) for name in ("smooth_factor", "proj_down", "proj_up", "bias")}
-    for name, tensor in (layer.tensors | rest).items():
-        if tensor is not None and tensor.device != x.device:
+    for name, tensor in layer.parts.items():
+        if tensor.device != x.device:
             raise ValueError(
                 f"SVDQuant: the input of a quantized linear is on {x.device}, but its {name} is on {tensor.device}. "
                 "A node has moved one of them: load the model again, and leave that node out."

@@ -83,7 +83,7 @@ def kitchen_why_not(arch: str, ops: tuple[str, ...]) -> str | None:
     try:
         compiled = all(registry.get_capable_backend(op) in ("cuda", "hip") for op in ops)
     except Exception as error:  # an older comfy-kitchen, which does not know the op or has another registry
-        return f"comfy-kitchen cannot say whether it has {' and '.join(ops)} ({type(error).__name__})"
+        return f"this comfy-kitchen does not offer {' and '.join(ops)} ({type(error).__name__})"
     return None if compiled else "comfy-kitchen has no compiled kernels for this device"
 
 

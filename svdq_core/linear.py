@@ -79,6 +79,12 @@ class QuantizedLinear:
         return 0 if self.proj_down is None else self.proj_down.shape[1]
 
     @property
+    def parts(self) -> dict[str, Tensor]:
+        """All tensors there are, by name."""
+        rest = {name: getattr(self, name) for name in ("smooth_factor", "proj_down", "proj_up", "bias")}
+        return self.tensors | {name: tensor for name, tensor in rest.items() if tensor is not None}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(t.numel() * t.element_size() for t in self.state_dict("").values())

@@ -322,12 +322,10 @@ def solve_group(
 
 
 def to_cpu(layer: QuantizedLinear) -> QuantizedLinear:
-    """The same layer with its tensors on the CPU."""
-    layer.tensors = {name: t.cpu() for name, t in layer.tensors.items()}
-    for name in ("smooth_factor", "proj_down", "proj_up", "bias"):
-        tensor = getattr(layer, name)
-        setattr(layer, name, None if tensor is None else tensor.cpu())
-    return layer
+    """A layer like this with its tensors on the CPU."""
+    parts: dict[str, Any] = {name: tensor.cpu() for name, tensor in layer.parts.items()}
+    tensors = {name: parts.pop(name) for name in layer.tensors}
+    return replace(layer, tensors=tensors, **parts)
 
 
 def read_part(part: Path, group: LayerGroup) -> list[QuantizedLinear] | None:

@@ -149,10 +149,15 @@ def test_comfy_kitchen_is_asked_for_the_op(monkeypatch):
     assert kitchen.why_not("sm86") is None
 
 
-def test_older_comfy_kitchen_without_the_op(no_kitchen):
-    """It raises when asked for what it does not know; the linear runs by other means."""
+def test_older_comfy_kitchen_without_the_op(no_kitchen, monkeypatch):
+    """It raises when asked for what it does not know."""
+    from comfy_kitchen.backends import cuda
+
+    sys.modules["comfy_kitchen.registry"].registry.register("cuda", cuda, {"quantize_svdquant_w4a4": None})
     reason = IMPLEMENTATIONS["int4", "kitchen-w4a4"].why_not("sm89")
     assert "scaled_mm_svdquant_w4a4 (NoCapableBackendError)" in reason
+    monkeypatch.setattr(backends, "device_arch", lambda device: "sm89")
+    assert names()[0] == "triton-widened-int8"
 
 
 def test_awq_for_many_tokens():
@@ -389,6 +394,19 @@ def test_lost_gpu_ends_the_search(kind, monkeypatch, force):
     layer, x = layer_and_input()
     with pytest.raises(RuntimeError, match=r"triton-w4a8-int8\. Restart ComfyUI with .*SVDQUANT_BACKEND=torch"):
         backends.linear(x, layer)
+    assert not backends.REJECTED
+
+
+@pytest.mark.parametrize("name", ["weight", "proj_up", "bias"])
+def test_a_part_elsewhere_is_refused_by_name(name, force):
+    """It is no failure of the implementations: they are used afterwards."""
+    force("triton-w4a4")
+    layer, x = layer_and_input()
+    moved = {name: layer.parts[name].to("meta")}
+    bad = replace(layer, tensors=layer.tensors | moved) if name == "weight" else replace(layer, **moved)
+    for run in (backends.run_linear, lambda x, bad, a: backends.run_mlp(x, bad, layer, a)):
+        with pytest.raises(ValueError, match=f"a quantized linear is on cpu, but its {name} is on meta"):
+            run(x, bad, "auto")
     assert not backends.REJECTED
 
 

@@ -43,7 +43,9 @@ def fuse(model: nn.Module) -> None:
 def alone(linear: Linear, x: Tensor) -> bool:
     """Whether the output is that of a 4-bit weight on x's device and its branch, and of nothing else."""
     weight, adapters = linear.weight, linear.adapters
-    if not is_quantized(weight) or weight._params.fmt != "int4" or weight.device != x.device:
+    if not is_quantized(weight) or weight._params.fmt != "int4":
+        return False
+    if weight.device != x.device or (linear.bias is not None and linear.bias.device != x.device):
         return False
     patched = linear.weight_patch is not None or linear.weight_function or linear.bias_function
     beside = adapters is not None and (adapters.branch is None or adapters.others)

@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 
 import torch
-import triton
 
 HERE = Path(__file__).parent
 
 
 def build(folder: Path) -> Path:
     """The compiled driver. The compiler is of requirements-dev.txt, the headers came with torch and Triton."""
+    import triton  # which not every system has
+
     site, library = Path(torch.__file__).parents[1], folder / "libcuda.so.1"
     includes = [site / "nvidia" / "cu13" / "include", Path(triton.__file__).parent / "backends/nvidia/include"]
     command = [sys.executable, "-m", "ziglang", "cc", "-O1", "-shared", "-fPIC", "-w", str(HERE / "driver.c"),

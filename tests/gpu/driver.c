@@ -1,7 +1,7 @@
 /* CUDA's runtime and driver without a GPU, for LD_PRELOAD: device memory is memory of the host, and no kernel runs.
 
    Meaner than a GPU: memory that nobody wrote is NaN, and what is copied asynchronously arrives when somebody waits for
-   it, never before. SVDQ_GPU_MIB is the size of the memory, SVDQ_GPU_ARCH the compute capability (89), and with
+   it or asks, never before. SVDQ_GPU_MIB is the size of the memory, SVDQ_GPU_ARCH the compute capability (89), and with
    SVDQ_GPU_NO_WAIT=1 streams do not wait for events, which shows that a test would see a missing wait.
    Of the API there is what torch, ComfyUI and comfy-aimdo call; everything else fails as on a machine without a driver.
    Names and meanings: CUDA Runtime API and CUDA Driver API, version 13. */
@@ -204,8 +204,11 @@ static int reserve(size_t size) {
 API cudaError_t cudaMalloc(void **p, size_t size) {
     pthread_mutex_lock(&lock);
     int error = reserve(size);
+    if (!error && (*p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) == MAP_FAILED) {
+        used -= size;
+        error = fail(cudaErrorMemoryAllocation);
+    }
     if (!error) {
-        *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         memset(*p, 0xFF, size); /* NaN */
         remember(*p, size, DEVICE);
     }

@@ -58,8 +58,5 @@ class Driver:
     def get_current_stream(self, device: int) -> int:
         return torch.cuda.current_stream(device).cuda_stream
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", self.get_current_device())
-
     def get_device_interface(self) -> Any:
         return torch.cuda

@@ -13,11 +13,11 @@ DRIVER = ctypes.CDLL(None)
 
 # Allocation, views and transfers are torch's own: they need no kernel.
 OWN = {
-    "empty.memory_format", "empty_strided", "resize_", "as_strided", "view", "view.dtype", "view_as_real",
-    "view_as_complex", "unfold", "_reshape_alias", "set_", "set_.source_Storage", "set_.source_Tensor",
-    "set_.source_Storage_storage_offset", "record_stream", "_local_scalar_dense", "_pin_memory", "is_pinned",
-    "lift_fresh", "is_set_to",
+    "empty.memory_format", "empty_strided", "resize_", "as_strided", "view", "view_as_real", "view_as_complex",
+    "unfold", "_reshape_alias", "set_", "set_.source_Storage", "set_.source_Tensor",
+    "set_.source_Storage_storage_offset", "record_stream", "_local_scalar_dense", "is_set_to",
 }  # fmt: skip
+WAITING = {"aten::nonzero", "aten::masked_select"}  # for the size of their result
 INDICES = {"aten::index", "aten::index_put_", "aten::_index_put_impl_"}  # may be on the CPU
 COMPOSED = ("scaled_dot_product_attention", "convolution")  # which on CUDA are put together from CUDA's own parts
 
@@ -81,6 +81,8 @@ def by_cpu(op: torch._ops.OpOverload) -> Callable[..., Any]:
     random = any(each.name == "generator" for each in arguments)
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if op._schema.name in WAITING:
+            torch.cuda.current_stream().synchronize()
         arrive()
         pairs: list[tuple[Tensor, Tensor]] = []  # the CPU's tensor, and the GPU's
 
@@ -129,6 +131,8 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         pointers = ctypes.c_void_p(target.data_ptr()), ctypes.c_void_p(source.data_ptr())
         DRIVER.cudaMemcpyAsync(*pointers, size, 4, stream)
         return target
+    if not non_blocking and target.is_cuda != source.is_cuda:
+        torch.cuda.current_stream().synchronize()
     arrive()
     cpu = [shared(each) if each.is_cuda else each for each in (target, source)]
     torch.ops.aten.copy_.default(*cpu)
