@@ -219,6 +219,7 @@ def forget() -> None:
 
 def working(x: Tensor, layer: QuantizedLinear, activations: str) -> Iterator[Implementation]:
     """What to run ``x (M, K)`` with, best first: right on a small layer, and never failed on such a shape."""
+    expect_one_device(x, layer)
     shape = shape_class(x, layer, activations)
     for implementation in ranked(x.device, *shape, FORCED):
         if implementation.library != "torch":
@@ -321,7 +322,6 @@ def expect_one_device(x: Tensor, layer: QuantizedLinear) -> None:
 
 def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
     """``x (M, K)`` through the best implementation that works."""
-    expect_one_device(x, layer)
     for implementation in working(x, layer, activations):
         try:
             return run(implementation, x, layer)
@@ -550,8 +550,6 @@ MAX_SCRATCH = 64 << 20  # bytes
 
 def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
     """``x (M, K)``: fused where both layers take our W4A4 kernel, else one after the other."""
-    for layer in (first, second):
-        expect_one_device(x, layer)
     shapes = shape_class(x, first, activations), shape_class(x, second, activations)
     key = (FUSED_MLP, x.device, x.dtype, shapes)
     ours = all(choice(x, layer, activations).name == "triton-w4a4" for layer in (first, second))

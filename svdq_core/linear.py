@@ -123,15 +123,8 @@ class QuantizedLinear:
         conf: dict[str, Any] = {"format": self.fmt.disk_name}
         if self.fmt.has_branch:
             conf["act_unsigned"] = self.act_unsigned
-        tensors = {
-            **self.tensors,
-            "smooth_factor": self.smooth_factor,
-            "proj_down": self.proj_down,
-            "proj_up": self.proj_up,
-            "bias": self.bias,
-            "comfy_quant": torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8),
-        }
-        return {dotted(prefix) + name: t.contiguous() for name, t in tensors.items() if t is not None}
+        tensors = self.parts | {"comfy_quant": torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)}
+        return {dotted(prefix) + name: t.contiguous() for name, t in tensors.items()}
 
     @classmethod
     def from_state_dict(cls, sd: dict[str, Tensor], prefix: str = "") -> "QuantizedLinear":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gpu
 from host.install import ROOT
-from host.prompts import insert, prompt, quantize_prompt, run
+from host.prompts import insert, prompt, quantize_prompt, run, with_activations
 from host.server import ComfyServer, PromptError
 from sampling import error_db
 
@@ -60,8 +60,7 @@ def latents(server: ComfyServer) -> Iterator[tuple[str, Tensor]]:
     yield "plain", run(server, plain)
     yield "ordinary LoRA", run(server, insert(plain, "LoraLoaderModelOnly", strength_model=0.9, **lora))
     yield "SVDQuant LoRA", run(server, insert(plain, "SVDQuantLoRA", strength=0.9, **lora))
-    eight = plain | {"model": {**plain["model"], "inputs": {**plain["model"]["inputs"], "activations": "8 bit"}}}
-    yield "8 bit", run(server, eight)
+    yield "8 bit", run(server, with_activations("int4.safetensors", "8 bit", cfg=2.0))
     server.free(unload_models=True)
     yield "another picture, after unloading", run(server, prompt("int4.safetensors", steps=3))
     server.free(unload_models=True, free_memory=True)
@@ -102,14 +101,19 @@ def test_a_stream_that_does_not_wait_is_seen(library: Path, small_flux_files: di
         assert run(server, prompt("int4.safetensors")).isnan().any()
 
 
-def test_quantize(library: Path, small_flux_files: dict[str, Path], tmp_path: Path):
-    """SVDQuant Quantize, and SVDQuant Loader with what it wrote."""
-    graph = quantize_prompt("fast")
+def short_quantize(preset: str) -> dict:
+    """SVDQuant Quantize on bf16.safetensors, with next to no calibration."""
+    graph = quantize_prompt(preset)
     graph["model"]["inputs"]["unet_name"] = "bf16.safetensors"
     graph["quantize"]["inputs"] |= {"max_prompts": 2, "steps": 2, "size": 64}
+    return graph
+
+
+def test_quantize(library: Path, small_flux_files: dict[str, Path], tmp_path: Path):
+    """SVDQuant Quantize, and SVDQuant Loader with what it wrote."""
     with comfyui(tmp_path, library, MODES["dynamic VRAM"]) as server:
         server.add_model(small_flux_files["bf16"])
-        server.run(graph)
+        server.run(short_quantize("fast"))
         found = run(server, prompt("demo_fast.safetensors"))
         unet = {"class_type": "UNETLoader", "inputs": {"unet_name": "bf16.safetensors", "weight_dtype": "default"}}
         wanted = run(server, prompt("") | {"model": unet})
@@ -119,14 +123,11 @@ def test_quantize(library: Path, small_flux_files: dict[str, Path], tmp_path: Pa
 
 def test_quantize_out_of_memory(library: Path, small_flux_files: dict[str, Path], tmp_path: Path):
     """24 MiB are too few to solve an MLP: the error says so, nothing is lost, and the server goes on."""
-    graph = quantize_prompt("balanced")
-    graph["model"]["inputs"]["unet_name"] = "bf16.safetensors"
-    graph["quantize"]["inputs"] |= {"max_prompts": 2, "steps": 2, "size": 64}
     with comfyui(tmp_path, library, ("--disable-dynamic-vram",), mib="24") as server:
         for form in ("bf16", "int4"):
             server.add_model(small_flux_files[form])
         with pytest.raises(PromptError, match=r"the GPU's memory ran out while solving \w+.*solved so far are kept"):
-            server.run(graph)
+            server.run(short_quantize("balanced"))
         assert run(server, prompt("int4.safetensors")).isfinite().all()
         assert "loaded partially" in server.log()
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import small_flux
-from host.prompts import insert, prompt, run
+from host.prompts import insert, prompt, run, with_activations
 from host.server import HTTP, ComfyServer, PromptError
 from sampling import error_db
 
@@ -57,12 +57,6 @@ def test_samples(comfyui: ComfyServer, fmt: str, dtype: str):
     assert -60 < error_db(found, wanted) < -6
     log = [line for line in comfyui.log().splitlines() if "model weight dtype" in line][-1]
     assert {"auto": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype] in log
-
-
-def with_activations(file: str, activations: str) -> dict:
-    graph = prompt(file)
-    graph["model"]["inputs"]["activations"] = activations
-    return graph
 
 
 def test_activations(comfyui: ComfyServer):

@@ -35,6 +35,12 @@ def prompt(file: str, dtype: str = "auto", cfg: float = 1.0, steps: int = 2, den
     }
 
 
+def with_activations(file: str, activations: str, **options: float) -> dict:
+    graph = prompt(file, **options)
+    graph["model"]["inputs"]["activations"] = activations
+    return graph
+
+
 def run(server: ComfyServer, graph: dict) -> Tensor:
     """The latent that a prompt saves."""
     (saved,) = server.run(graph)["outputs"]["save"]["latents"]
