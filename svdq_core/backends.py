@@ -26,8 +26,9 @@ from torch import Tensor
 
 from .. import triton_kernels
 from .checkpoint import TOOL
+from .deferred import Deferred, gelu, plain
 from .formats import AWQ, FORMATS, Format
-from .implementations import FUSED_MLP, IMPLEMENTATIONS, Implementation, mlp_scratch, torch_linear, torch_mlp
+from .implementations import FUSED_MLP, IMPLEMENTATIONS, Implementation, mlp_scratch, taking, torch_linear, torch_mlp
 from .linear import QuantizedLinear, linear_forward
 
 
@@ -321,17 +322,29 @@ def expect_one_device(x: Tensor, layer: QuantizedLinear) -> None:
 
 
 def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
-    """``x (M, K)`` through the best implementation that works."""
+    """``x (M, K)``, perhaps deferred, through the best implementation that works."""
+    n, k = layer.shape
     for implementation in working(x, layer, activations):
-        try:
-            return run(implementation, x, layer)
-        except Exception as error:
-            if implementation.library == "torch":
-                raise
-            n, k = layer.shape
-            key = (implementation, x.device, x.dtype, shape_class(x, layer, activations))
-            reject(key, error, f" for {k} inputs and {n} outputs")
+        for way in ways(implementation, x, layer.act_unsigned):
+            key = (way, x.device, x.dtype, shape_class(x, layer, activations))
+            if rejected(key):
+                continue
+            try:
+                return run(way, x if way.before else plain(x), layer)
+            except Exception as error:
+                if way.library == "torch":
+                    raise
+                reject(key, error, f" for {k} inputs and {n} outputs")
     raise AssertionError("plain torch is always the last")
+
+
+def ways(implementation: Implementation, x: Tensor, unsigned: bool) -> Iterator[Implementation]:
+    """With what stands before the input in its kernels, where it does that and is right with it, and without."""
+    before = x.before if isinstance(x, Deferred) else ""
+    way = taking(implementation, before) if before else None
+    if way and is_right(way, x.device, x.dtype, unsigned, size_class(x.shape[0])):
+        yield way
+    yield implementation
 
 
 def run(implementation: Implementation, x: Tensor, *layers: QuantizedLinear) -> Tensor:
@@ -447,13 +460,27 @@ def check(
 ) -> str | None:
     """Why it is not right on this device, in words; None if it is within its tolerance."""
     fmt, (m, n), k, rank = FORMATS[implementation.fmt], CHECKED[size], CHECKED_K, CHECKED_RANK
-    if implementation is FUSED_MLP:
-        first, x = random_layer(fmt, m, k, n, device, dtype, rank)
+    mlp, before = implementation.run is FUSED_MLP.run, implementation.before
+    layer, x = random_layer(fmt, m, k, n, device, dtype, rank, unsigned and not mlp)
+    x, wanted = in_front(x, before) if before else (x, x)
+    if mlp:
         second, _ = random_layer(fmt, m, n, k, device, dtype, rank, unsigned)
-        return compare(run(implementation, x, first, second), torch_mlp(x, first, second), implementation.tolerance_db)
-    layer, x = random_layer(fmt, m, k, n, device, dtype, rank, unsigned)
+        result = torch_mlp(wanted, layer, second)
+        return compare(run(implementation, x, layer, second), result, implementation.tolerance_db)
     grid = "int8" if implementation.fmt == "int4" and implementation.activations == "8 bit" else None
-    return compare(run(implementation, x, layer), torch_linear(x, layer, grid), implementation.tolerance_db)
+    return compare(run(implementation, x, layer), torch_linear(wanted, layer, grid), implementation.tolerance_db)
+
+
+def in_front(x: Tensor, before: str) -> tuple[Deferred, Tensor]:
+    """An input (M, K) with something in front that is made of x, and what it stands for, rounded once."""
+    k = x.shape[1]
+    if before == "gelu":
+        split = k // 4  # of the blocks of columns that kernels take
+        value = torch.nn.functional.gelu(x[:, split:].float(), approximate="tanh").to(x.dtype)
+        return Deferred(x[:, :split], x[:, split:]), torch.cat([x[:, :split], value], 1)
+    mult, shift = x[:1] + 1, x[-1:].clone()
+    normed = torch.nn.functional.layer_norm(x.float(), (k,), eps=1e-6)
+    return Deferred(x, None, mult, shift), torch.addcmul(shift.float(), normed, mult.float()).to(x.dtype)
 
 
 def compare(found: Tensor, wanted: Tensor, tolerance_db: float) -> str | None:
@@ -495,10 +522,14 @@ def random_layer(
 
 
 def linear(x: Tensor, layer: QuantizedLinear, activations: str = "auto") -> Tensor:
-    """``x (..., K)`` of any float dtype through ``layer``; ``(..., N)`` in x's dtype.
+    """``x (..., K)`` of any float dtype, perhaps deferred, through ``layer``; ``(..., N)`` in x's dtype.
 
     ``activations`` is one of :data:`.implementations.ACTIVATIONS`; ``auto`` is 4 bit in plain torch.
     """
+    if isinstance(x, Deferred):
+        if x.before and x.numel() and may_fuse(x):
+            return run_linear(x.flat(), layer, activations).reshape(*x.shape[:-1], layer.shape[0])
+        x = x.value()
     if x.dtype not in (torch.bfloat16, torch.float16) or (x.device.type != "cuda" and not FORCED):
         grid = FORMATS["int8"] if activations == "8 bit" and layer.fmt.name == "int4" else None
         return linear_forward(
@@ -551,16 +582,17 @@ MAX_SCRATCH = 64 << 20  # bytes
 def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
     """``x (M, K)``: fused where both layers take our W4A4 kernel, else one after the other."""
     shapes = shape_class(x, first, activations), shape_class(x, second, activations)
-    key = (FUSED_MLP, x.device, x.dtype, shapes)
     ours = all(choice(x, layer, activations).name == "triton-w4a4" for layer in (first, second))
-    fits = ours and mlp_scratch(x.shape[0], first, second) < MAX_SCRATCH
-    if fits and not rejected(key) and is_right(*key[:3], second.act_unsigned, size_class(x.shape[0])):
-        try:
-            return run(FUSED_MLP, x, first, second)
-        except Exception as error:
-            reject(key, error, f" for {first.shape[1]}, {first.shape[0]} and {second.shape[0]} features")
-    hidden = torch.nn.functional.gelu(run_linear(x, first, activations), approximate="tanh")
-    return run_linear(hidden, second, activations)
+    if ours and mlp_scratch(x.shape[0], first, second) < MAX_SCRATCH:
+        for way in ways(FUSED_MLP, x, second.act_unsigned):
+            key = (way, x.device, x.dtype, shapes)
+            if rejected(key) or not is_right(*key[:3], second.act_unsigned, size_class(x.shape[0])):
+                continue
+            try:
+                return run(way, x if way.before else plain(x), first, second)
+            except Exception as error:
+                reject(key, error, f" for {first.shape[1]}, {first.shape[0]} and {second.shape[0]} features")
+    return run_linear(gelu(run_linear(x, first, activations)), second, activations)
 
 
 def may_fuse(x: Tensor) -> bool:
@@ -571,8 +603,11 @@ def may_fuse(x: Tensor) -> bool:
 
 def mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
     """``second(GELU(first(x)))`` of two INT4 layers as one op, for an ``x (..., K)`` of which :func:`may_fuse`."""
+    if isinstance(x, Deferred) and x.before and x.numel():
+        return run_mlp(x.flat(), first, second, activations).reshape(*x.shape[:-1], second.shape[0])
     return opaque_mlp(
-        x, parts(first), parts(second), first.bias, second.bias, first.act_unsigned, second.act_unsigned, activations
+        plain(x), parts(first), parts(second), first.bias, second.bias,
+        first.act_unsigned, second.act_unsigned, activations,
     )  # fmt: skip
 
 

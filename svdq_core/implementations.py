@@ -6,13 +6,14 @@ branch and bias. Names are ``<library>[-<what>]``. Which one runs is :mod:`.back
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from .. import triton_kernels
+from .deferred import operands
 from .formats import FORMATS, GELU_SHIFT
 from .linear import QuantizedLinear, linear_forward
 
@@ -34,6 +35,7 @@ class Implementation:
     activations: str
     tolerance_db: float
     run: Callable[..., Tensor]
+    before: str = ""  # what the input is that it takes: a :class:`.deferred.Deferred`'s ``before``
 
     @property
     def library(self) -> str:
@@ -52,6 +54,17 @@ class Implementation:
     def takes(self, k: int, n: int) -> bool:
         """Whether it takes a weight (n, k): comfy-kitchen's tiles are 128 outputs wide and take no part of one."""
         return n % 128 == 0 or self.name != "kitchen-w4a4"
+
+
+@cache
+def taking(implementation: Implementation, before: str) -> Implementation | None:
+    """``implementation`` as it takes inputs that have ``before`` to be computed; None if it does not, but their value.
+
+    Our own kernels for inputs of 4 and 8 bit do. It has a name of its own: it may fail where the other does not.
+    """
+    if implementation.library != "triton" or implementation.activations == "16 bit":
+        return None
+    return replace(implementation, name=f"{implementation.name}-after-{before}", before=before)
 
 
 def has_matrix_units(arch: str) -> bool:
@@ -96,7 +109,7 @@ def branch(x: Tensor, layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | 
     n, k = layer.shape
     down, up, bias = layer.proj_down, layer.proj_up, layer.bias
     if down is None or up is None:
-        down, up = x.new_empty(k, 0), x.new_empty(n, 0)
+        down, up = (torch.empty(size, 0, dtype=x.dtype, device=x.device) for size in (k, n))
     if missing := -down.shape[1] % 16:
         down, up = (torch.nn.functional.pad(each, (0, missing)) for each in (down, up))
     return down.to(x.dtype), up.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -122,7 +135,8 @@ def triton_w4a4(x: Tensor, layer: QuantizedLinear) -> Tensor:
     from ..triton_kernels.quantize_act import quantize_act
 
     down, up, bias = branch(x, layer)
-    codes, scales, hidden = quantize_act(x, smoothing(layer), down, layer.act_unsigned)
+    rows, before = operands(x)
+    codes, scales, hidden = quantize_act(rows, smoothing(layer), down, layer.act_unsigned, **before)
     weight, weight_scale = layer.tensors["weight"], layer.tensors["weight_scale"]
     return gemm_w4a4(codes, scales, weight, weight_scale, hidden, up, bias, layer.act_unsigned)
 
@@ -134,7 +148,8 @@ def triton_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear) -> Te
     from ..triton_kernels.quantize_act import quantize_act
 
     (down, up, bias), (next_down, next_up, next_bias) = branch(x, first), branch(x, second)
-    codes, scales, hidden = quantize_act(x, smoothing(first), down, first.act_unsigned)
+    rows, before = operands(x)
+    codes, scales, hidden = quantize_act(rows, smoothing(first), down, first.act_unsigned, **before)
     t = first.tensors
     codes, scales, hidden = gemm_w4a4_gelu(
         codes, scales, t["weight"], t["weight_scale"], hidden, up, bias, first.act_unsigned,
@@ -165,7 +180,8 @@ def triton_w4a8(x: Tensor, layer: QuantizedLinear, kind: str) -> Tensor:
     from ..triton_kernels.quantize_token import quantize_token
 
     down, up, bias = branch(x, layer)
-    codes, scales, hidden = quantize_token(x, smoothing(layer), down, layer.act_unsigned, kind)
+    rows, before = operands(x)
+    codes, scales, hidden = quantize_token(rows, smoothing(layer), down, layer.act_unsigned, kind, **before)
     return gemm_w4a8(codes, scales, layer.tensors["weight"], layer.tensors["weight_scale"], hidden, up, bias)
 
 
@@ -177,7 +193,8 @@ def triton_widened(x: Tensor, layer: QuantizedLinear, kind: str) -> Tensor:
 
     down, up, bias = branch(x, layer)
     act_kind = unsigned_kind(layer) if kind == "int8" else kind
-    codes, scales, hidden = quantize_token(x, smoothing(layer), down, layer.act_unsigned, act_kind)
+    rows, before = operands(x)
+    codes, scales, hidden = quantize_token(rows, smoothing(layer), down, layer.act_unsigned, act_kind, **before)
     weight, row_scale, weight_sum = widen_w4(layer.tensors["weight"], layer.tensors["weight_scale"], act_kind)
     return gemm_w8a8(
         codes, scales, weight, row_scale, hidden, up, bias, weight_sum if act_kind == "uint8" else None
@@ -191,7 +208,8 @@ def triton_w8a8(x: Tensor, layer: QuantizedLinear) -> Tensor:
 
     down, up, bias = branch(x, layer)
     kind, weight = unsigned_kind(layer), layer.tensors["weight"]
-    codes, scales, hidden = quantize_token(x, smoothing(layer), down, layer.act_unsigned, kind)
+    rows, before = operands(x)
+    codes, scales, hidden = quantize_token(rows, smoothing(layer), down, layer.act_unsigned, kind, **before)
     weight_sum = weight.sum(dim=1, dtype=torch.int32) if kind == "uint8" else None
     row_scale = layer.tensors["weight_scale"][0].float()
     return gemm_w8a8(codes, scales, weight, row_scale, hidden, up, bias, weight_sum)
@@ -208,7 +226,8 @@ def triton_nvfp4(x: Tensor, layer: QuantizedLinear) -> Tensor:
     from ..triton_kernels.quantize_nvfp4 import quantize_nvfp4
 
     down, up, bias = branch(x, layer)
-    codes, scales, hidden = quantize_nvfp4(x, smoothing(layer), down, layer.act_unsigned)
+    rows, before = operands(x)
+    codes, scales, hidden = quantize_nvfp4(rows, smoothing(layer), down, layer.act_unsigned, **before)
     weight, scale = layer.tensors["weight"], layer.tensors["weight_scale"]
     return gemm_nvfp4(codes, scales, weight, scale, layer.tensors["weight_scale_2"], hidden, up, bias)
 

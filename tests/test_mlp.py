@@ -47,7 +47,7 @@ def mlp_of(model) -> nn.Sequential:
 
 
 def test_class_and_keys(bf16_model):
-    from comfyui_svdquant.svdq_core.host.mlp import MLP
+    from comfyui_svdquant.svdq_core.host.fuse import MLP
 
     blocks = bf16_model.model.diffusion_model.double_blocks
     assert all(type(mlp) is MLP for block in blocks for mlp in (block.img_mlp, block.txt_mlp))

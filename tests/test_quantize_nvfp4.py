@@ -7,8 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import in_front
+
 NVFP4 = get_format("nvfp4")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, on purpose
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,3 +135,17 @@ def test_it_is_a_proper_custom_op(on):
 
     x, smooth, down = (t.to(on) for t in draw(5, 128, 16, torch.bfloat16, 0))
     torch.library.opcheck(quantize_nvfp4, (x, smooth, down, True))
+    torch.library.opcheck(quantize_nvfp4, (x[:, :64], smooth, down, False, x[:, 64:]))
+    torch.library.opcheck(quantize_nvfp4, (x, smooth, down, False, None, x[:1], x[1:2]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=in_front.cases(16), dtype=st.sampled_from(sorted(DTYPES)), shifted=st.booleans())
+def test_what_stands_in_front(on, case, dtype, shifted):
+    in_front.check("quantize_nvfp4", *in_front.draw(*case, DTYPES[dtype]), (shifted,), on)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("case", in_front.WHOLE)
+def test_what_stands_in_front_of_whole_blocks(on, case):
+    in_front.check("quantize_nvfp4", *in_front.draw(*case, torch.bfloat16), (True,), on)

@@ -7,10 +7,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import in_front
 from fp8 import need, rounds_to, runs
 
 INT8 = get_format("int8")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, on purpose
 CASES = [("int8", False), ("int8", True), ("uint8", True), ("fp8", False), ("fp8", True)]
 
 
@@ -160,6 +163,13 @@ def test_strided_and_empty_inputs(on):
         ({"x": torch.zeros(128, dtype=torch.bfloat16)}, r"x has shape \(128,\)"),
         ({"smooth_factor": torch.ones(64, dtype=torch.bfloat16)}, "smooth_factor has shape"),
         ({"proj_down": torch.ones(64, 16, dtype=torch.bfloat16)}, "proj_down has shape"),
+        ({"tail": torch.zeros(3, 64, dtype=torch.bfloat16)}, "tail has shape"),
+        ({"tail": torch.zeros(4, 64)}, "tail is float32"),
+        ({"tail": torch.zeros(4, 64, dtype=torch.bfloat16)}, "smooth_factor has shape"),
+        ({"mult": torch.ones(1, 128)}, "come together"),
+        ({"mult": torch.ones(1, 128), "shift": torch.ones(2, 128)}, "shift has shape"),
+        ({"mult": torch.ones(3, 128), "shift": torch.ones(3, 128)}, "cannot be shared"),
+        ({"mult": torch.ones(1, 128), "tail": torch.zeros(4, 64, dtype=torch.bfloat16)}, "exclude each other"),
     ],
 )
 def test_wrong_arguments_are_named(on, change, message):
@@ -177,3 +187,20 @@ def test_it_is_a_proper_custom_op(on):
 
     x, smooth, down = (t.to(on) for t in draw(5, 128, 16, torch.bfloat16, 0))
     torch.library.opcheck(quantize_token, (x, smooth, down, True, "uint8"))
+    torch.library.opcheck(quantize_token, (x[:, :64], smooth, down, False, "int8", x[:, 64:]))
+    torch.library.opcheck(quantize_token, (x, smooth, down, False, "int8", None, x[:1], x[1:2]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=in_front.cases(16), dtype=st.sampled_from(sorted(DTYPES)), kind=st.sampled_from(CASES))
+def test_what_stands_in_front(on, case, dtype, kind):
+    assume(runs(kind[0], on))
+    in_front.check("quantize_token", *in_front.draw(*case, DTYPES[dtype]), kind[::-1], on)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize(("kind", "unsigned"), [("uint8", True), ("fp8", False)])
+@pytest.mark.parametrize("case", in_front.WHOLE)
+def test_what_stands_in_front_of_whole_blocks(on, case, kind, unsigned):
+    need(kind, on)
+    in_front.check("quantize_token", *in_front.draw(*case, torch.bfloat16), (unsigned, kind), on)

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, expect
-from .quantize_token import GELU_SHIFT, block_r, load_x, project, smoothed
+from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_input, moments, rows_of_program
+from .quantize_token import GELU_SHIFT, block_r, project, smoothed
 from .rounding import divide, magnitude_bits, reciprocal, round_half_even
 
 FLOAT16S = (torch.bfloat16, torch.float16)
@@ -58,20 +59,24 @@ def encode_e2m1(v):
     return code | ((v.to(tl.int32, bitcast=True) >> 28) & 8)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_mod"])
 def quantize_nvfp4_kernel(
-    x, smooth, down, codes, scales, hidden, M, K, R, stride_m,
-    SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x, tail, mult, shift, smooth, down, codes, scales, hidden,
+    M, K, R, split, stride_m, tail_stride, rows_per_mod, eps,
+    SHIFT: tl.constexpr, BEFORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows, all of K. Grid: (row blocks, blocks of BLOCK_R columns of proj_down)."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, inside, part = rows_of_program(M, rows_per_mod, BEFORE, BLOCK_M)
+    inside = inside[:, None]
     rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = (rows < M)[:, None]
+    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, EVEN)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        tile = load_x(x, rows, M, stride_m, ks, K, EVEN)
+        tile = load_input(
+            x, tail, mult, shift, rows, part, ks, K, split, stride_m, tail_stride, mean, rstd, BEFORE, EVEN, PTX
+        )  # fmt: skip
         acc = project(tile, down, ks, K, rs, R, acc, EVEN)
         if tl.program_id(1) == 0:
             groups = smoothed(tile, smooth, ks, K, SHIFT, EVEN, PTX).reshape(BLOCK_M, BLOCK_K // 16, 16)
@@ -82,52 +87,67 @@ def quantize_nvfp4_kernel(
             code = encode_e2m1(divide(groups, high[:, :, None], low[:, :, None]))
             even, odd = tl.split(code.reshape(BLOCK_M, BLOCK_K // 2, 2))
             at = k // 2 + tl.arange(0, BLOCK_K // 2)
-            pointers = codes + rows.to(tl.int64)[:, None] * (K // 2) + at[None, :]
+            pointers = codes + rows[:, None] * (K // 2) + at[None, :]
             tl.store(pointers, (even | (odd << 4)).to(tl.uint8), inside & (at < K // 2)[None, :])
             at = k // 16 + tl.arange(0, BLOCK_K // 16)
-            pointers = scales + rows.to(tl.int64)[:, None] * (K // 16) + at[None, :]
+            pointers = scales + rows[:, None] * (K // 16) + at[None, :]
             tl.store(pointers, scale.to(tl.uint8), inside & (at < K // 16)[None, :])
-    pointers = hidden + rows.to(tl.int64)[:, None] * R + rs[None, :]
+    pointers = hidden + rows[:, None] * R + rs[None, :]
     tl.store(pointers, acc.to(hidden.dtype.element_ty), inside & (rs < R)[None, :])
 
 
-def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor) -> None:
-    op = "quantize_nvfp4"
-    if x.dim() != 2 or x.shape[1] % 16:
+def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor, *before: Tensor | None) -> int:
+    """K."""
+    op, k = "quantize_nvfp4", columns("quantize_nvfp4", x, *before)
+    if k % 16:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (M, K) with K a multiple of 16.")
     expect(op, "x", x, tuple(x.shape), FLOAT16S, x.device)
-    expect(op, "smooth_factor", smooth_factor, (x.shape[1],), FLOATS, x.device)
-    expect(op, "proj_down", proj_down, (x.shape[1], proj_down.shape[-1]), FLOAT16S, x.device)
+    expect(op, "smooth_factor", smooth_factor, (k,), FLOATS, x.device)
+    expect(op, "proj_down", proj_down, (k, proj_down.shape[-1]), FLOAT16S, x.device)
+    return k
 
 
 @torch.library.custom_op("svdquant::quantize_nvfp4", mutates_args=())
 def quantize_nvfp4(
-    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool
+    x: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    act_unsigned: bool,
+    tail: Tensor | None = None,
+    mult: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(codes (M, K/2), scales (M, K/16), hidden (M, R))`` of ``x (M, K)``: see the formulas above."""
-    check(x, smooth_factor, proj_down)
-    (m, k), rank = x.shape, proj_down.shape[1]
-    codes, scales, hidden = quantize_nvfp4_fake(x, smooth_factor, proj_down, act_unsigned)
+    """``(codes (M, K/2), scales (M, K/16), hidden (M, R))`` of ``x (M, K)``: see the formulas above; of more than x, if
+    there is a tail or mult and shift: :mod:`.inputs`."""
+    k, m, rank = check(x, smooth_factor, proj_down, tail, mult, shift), x.shape[0], proj_down.shape[1]
+    codes, scales, hidden = quantize_nvfp4_fake(x, smooth_factor, proj_down, act_unsigned, tail, mult, shift)
     if m == 0:
         return codes, scales, hidden
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    given, parts = arguments(x, tail, mult, shift, eps)
     tiles, width = config(arch(x.device)), block_r(rank)
     even = k % tiles["BLOCK_K"] == 0 and rank > 0 and rank % width == 0
     with torch.cuda.device_of(x):
-        quantize_nvfp4_kernel[(triton.cdiv(m, tiles["BLOCK_M"]), max(1, triton.cdiv(rank, width)))](
-            x, smooth_factor.contiguous(), proj_down.contiguous(), codes, scales.view(torch.uint8), hidden,
-            m, k, rank, x.stride(0), SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=width, EVEN=even, **tiles,
+        quantize_nvfp4_kernel[(parts * triton.cdiv(m // parts, tiles["BLOCK_M"]), max(1, triton.cdiv(rank, width)))](
+            **given, smooth=smooth_factor.contiguous(), down=proj_down.contiguous(),
+            codes=codes, scales=scales.view(torch.uint8), hidden=hidden, M=m, K=k, R=rank,
+            SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=width, EVEN=even, **tiles,
         )  # fmt: skip
     return codes, scales, hidden
 
 
 @quantize_nvfp4.register_fake
 def quantize_nvfp4_fake(
-    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool
+    x: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    act_unsigned: bool,
+    tail: Tensor | None = None,
+    mult: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, smooth_factor, proj_down)
-    m, k = x.shape
+    m, k = x.shape[0], check(x, smooth_factor, proj_down, tail, mult, shift)
     return (
         x.new_empty((m, k // 2), dtype=torch.uint8),
         x.new_empty((m, k // 16), dtype=torch.float8_e4m3fn),
@@ -138,9 +158,14 @@ def quantize_nvfp4_fake(
 def compile_cases(arch: str) -> dict[str, tuple]:
     """What `tests/test_compile_matrix.py` compiles: kernel, argument types, constants, options."""
     types = {name: "*bf16" for name in ("x", "smooth", "down", "hidden")}
-    types |= {"codes": "*u8", "scales": "*u8", "M": "i32", "K": "i32:16", "R": "i32:16", "stride_m": "i32:16"}
+    types |= {"codes": "*u8", "scales": "*u8", "M": "i32", "K": "i32:16", "R": "i32:16"} | TYPES
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
+    signed = {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}
+    shifted = signed | {"SHIFT": GELU_SHIFT}
+    kernel, tiles, norm, gelu = quantize_nvfp4_kernel, config(arch), input_case("norm"), input_case("gelu")
     return {
-        "signed": (quantize_nvfp4_kernel, types, {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}, config(arch)),
-        "shifted": (quantize_nvfp4_kernel, fp16, {"SHIFT": GELU_SHIFT, "BLOCK_R": 64, "EVEN": False}, config(arch)),
+        "signed": (kernel, types, signed | PLAIN, tiles),
+        "shifted": (kernel, fp16, shifted | PLAIN | {"BLOCK_R": 64, "EVEN": False}, tiles),
+        "norm": (kernel, types | norm[0], signed | norm[1], tiles),
+        "gelu": (kernel, types | gelu[0], shifted | gelu[1], tiles),
     }

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, expect, quotient
+from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_input, moments, rows_of_program
 from .rounding import divide, expect_e4m3, has_e4m3, magnitude_bits, reciprocal, round_half_even, safe_scale
 
 FLOAT16S = (torch.bfloat16, torch.float16)
@@ -40,15 +41,6 @@ def config(part: str) -> dict[str, int]:
     amd = part.startswith("gfx")
     tiles = {"BLOCK_M": 16, "BLOCK_K": 128 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
     return tiles | {"PTX": part.startswith("sm")}
-
-
-@triton.jit
-def load_x(x, rows, M, stride_m, ks, K, EVEN: tl.constexpr):
-    """A tile of the input, zero beyond the last column; rows beyond the last one repeat it."""
-    pointers = x + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m + ks[None, :]
-    if EVEN:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(ks < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -77,28 +69,32 @@ def project(x, down, ks, K, rs, R, acc, EVEN: tl.constexpr):
     return tl.dot(x, tile.to(x.dtype), acc)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_mod"])
 def quantize_token_kernel(
-    x, smooth, down, codes, scales, hidden, M, K, R, stride_m,
-    KIND: tl.constexpr, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN: tl.constexpr, PTX: tl.constexpr,
+    x, tail, mult, shift, smooth, down, codes, scales, hidden,
+    M, K, R, split, stride_m, tail_stride, rows_per_mod, eps,
+    KIND: tl.constexpr, SHIFT: tl.constexpr, BEFORE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid: (row blocks, blocks of BLOCK_R columns of proj_down); the first of these quantizes. EVEN: blocks fit."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, inside, part = rows_of_program(M, rows_per_mod, BEFORE, BLOCK_M)
     block = tl.arange(0, BLOCK_K)
     rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, EVEN)
 
     top = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
-        tile = load_x(x, rows, M, stride_m, k + block, K, EVEN)
+        ks = k + block
+        tile = load_input(
+            x, tail, mult, shift, rows, part, ks, K, split, stride_m, tail_stride, mean, rstd, BEFORE, EVEN, PTX
+        )  # fmt: skip
         if tl.program_id(1) == 0:
-            size = tl.abs(smoothed(tile, smooth, k + block, K, SHIFT, EVEN, PTX))
+            size = tl.abs(smoothed(tile, smooth, ks, K, SHIFT, EVEN, PTX))
             top = tl.maximum(top, size, propagate_nan=tl.PropagateNan.ALL)
-        acc = project(tile, down, k + block, K, rs, R, acc, EVEN)
-    pointers = hidden + rows.to(tl.int64)[:, None] * R + rs[None, :]
-    inside = (rows < M)[:, None]
-    tl.store(pointers, acc.to(x.dtype.element_ty), mask=inside & (rs < R)[None, :])
+        acc = project(tile, down, ks, K, rs, R, acc, EVEN)
+    pointers = hidden + rows[:, None] * R + rs[None, :]
+    tl.store(pointers, acc.to(x.dtype.element_ty), mask=inside[:, None] & (rs < R)[None, :])
     if tl.program_id(1) > 0:
         return
 
@@ -107,7 +103,7 @@ def quantize_token_kernel(
     if KIND != "fp8":
         scale = scale.to(x.dtype.element_ty).to(tl.float32)
     scale = safe_scale(scale)
-    tl.store(scales + rows, scale, mask=rows < M)
+    tl.store(scales + rows, scale, mask=inside)
     high, low = reciprocal(scale, PTX)
     if KIND == "fp8":
         high = tl.div_rn(1.0, scale)  # no format defines this one: a product is enough
@@ -115,10 +111,13 @@ def quantize_token_kernel(
     WIDE: tl.constexpr = 2 * BLOCK_K  # without the product's tiles there are registers for more rows a thread
     for back in range(0, K, WIDE):
         ks = (K - 1) // WIDE * WIDE - back + tl.arange(0, WIDE)
-        v = smoothed(load_x(x, rows, M, stride_m, ks, K, EVEN), smooth, ks, K, SHIFT, EVEN, PTX)
+        tile = load_input(
+            x, tail, mult, shift, rows, part, ks, K, split, stride_m, tail_stride, mean, rstd, BEFORE, EVEN, PTX
+        )  # fmt: skip
+        v = smoothed(tile, smooth, ks, K, SHIFT, EVEN, PTX)
         q = v * high[:, None] if KIND == "fp8" else divide(v, high[:, None], low[:, None])
         code = encode(q, KIND)
-        tl.store(codes + rows.to(tl.int64)[:, None] * K + ks[None, :], code, mask=inside & (ks < K)[None, :])
+        tl.store(codes + rows[:, None] * K + ks[None, :], code, mask=inside[:, None] & (ks < K)[None, :])
 
 
 @triton.jit
@@ -132,38 +131,51 @@ def encode(v, KIND: tl.constexpr):
         return round_half_even(tl.clamp(v, -127.0, 127.0)).to(tl.int8)
 
 
-def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool, kind: str) -> None:
+def check(
+    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool, kind: str, *before: Tensor | None
+) -> int:
+    """K."""
     op = "quantize_token"
     if kind not in KINDS:
         raise ValueError(f"{op}: kind is '{kind}', expected one of {', '.join(KINDS)}.")
     if kind == "uint8" and not act_unsigned:
         raise ValueError(f"{op}: kind 'uint8' is for act_unsigned layers; use 'int8'.")
-    if x.dim() != 2:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (M, K).")
+    k = columns(op, x, *before)
     expect(op, "x", x, tuple(x.shape), FLOAT16S, x.device)
-    expect(op, "smooth_factor", smooth_factor, (x.shape[1],), FLOATS, x.device)
-    expect(op, "proj_down", proj_down, (x.shape[1], proj_down.shape[-1]), FLOAT16S, x.device)
+    expect(op, "smooth_factor", smooth_factor, (k,), FLOATS, x.device)
+    expect(op, "proj_down", proj_down, (k, proj_down.shape[-1]), FLOAT16S, x.device)
+    return k
 
 
 @torch.library.custom_op("svdquant::quantize_token", mutates_args=())
 def quantize_token(
-    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool, kind: str
+    x: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    act_unsigned: bool,
+    kind: str,
+    tail: Tensor | None = None,
+    mult: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(codes (M, K), scales (M,), hidden (M, R))`` of ``x (M, K)``: see the formulas above."""
-    check(x, smooth_factor, proj_down, act_unsigned, kind)
+    """``(codes (M, K), scales (M,), hidden (M, R))`` of ``x (M, K)``: see the formulas above; of more than x, if there
+    is a tail or mult and shift: :mod:`.inputs`."""
+    k = check(x, smooth_factor, proj_down, act_unsigned, kind, tail, mult, shift)
     if kind == "fp8":
         expect_e4m3("quantize_token", "kind", arch(x.device))
-    (m, k), rank = x.shape, proj_down.shape[1]
-    outputs = quantize_token_fake(x, smooth_factor, proj_down, act_unsigned, kind)
+    m, rank = x.shape[0], proj_down.shape[1]
+    outputs = quantize_token_fake(x, smooth_factor, proj_down, act_unsigned, kind, tail, mult, shift)
     if m == 0:
         return outputs
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    given, parts = arguments(x, tail, mult, shift, eps)
     tiles, widest = config(arch(x.device)), block_r(rank)
     even = k % (2 * tiles["BLOCK_K"]) == 0 and rank > 0 and rank % widest == 0  # the second pass takes two blocks
+    blocks = parts * triton.cdiv(m // parts, tiles["BLOCK_M"])
     with torch.cuda.device_of(x):
-        quantize_token_kernel[(triton.cdiv(m, tiles["BLOCK_M"]), triton.cdiv(rank, widest) if rank else 1)](
-            x, smooth_factor.contiguous(), proj_down.contiguous(), *outputs, m, k, rank, x.stride(0),
+        quantize_token_kernel[(blocks, triton.cdiv(rank, widest) if rank else 1)](
+            **given, smooth=smooth_factor.contiguous(), down=proj_down.contiguous(),
+            codes=outputs[0], scales=outputs[1], hidden=outputs[2], M=m, K=k, R=rank,
             KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=widest, EVEN=even, **tiles,
         )  # fmt: skip
     return outputs
@@ -176,29 +188,39 @@ def block_r(rank: int) -> int:
 
 @quantize_token.register_fake
 def quantize_token_fake(
-    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool, kind: str
+    x: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    act_unsigned: bool,
+    kind: str,
+    tail: Tensor | None = None,
+    mult: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, smooth_factor, proj_down, act_unsigned, kind)
-    m, k = x.shape
+    k = check(x, smooth_factor, proj_down, act_unsigned, kind, tail, mult, shift)
     return (
-        x.new_empty((m, k), dtype=KINDS[kind]),
-        x.new_empty((m,), dtype=torch.float32),
-        x.new_empty((m, proj_down.shape[1])),
+        x.new_empty((x.shape[0], k), dtype=KINDS[kind]),
+        x.new_empty((x.shape[0],), dtype=torch.float32),
+        x.new_empty((x.shape[0], proj_down.shape[1])),
     )
 
 
 def compile_cases(arch: str) -> dict[str, tuple]:
     """What `tests/test_compile_matrix.py` compiles: kernel, argument types, constants, options."""
     types = {name: "*bf16" for name in ("x", "smooth", "down", "hidden")}
-    types |= {"scales": "*fp32", "M": "i32", "K": "i32:16", "R": "i32:16", "stride_m": "i32:16"}
+    types |= {"scales": "*fp32", "M": "i32", "K": "i32:16", "R": "i32:16"} | TYPES
     int8, fp16 = types | {"codes": "*i8"}, {name: t.replace("bf16", "fp16") for name, t in types.items()}
-    constants = {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}
-    shifted = constants | {"SHIFT": GELU_SHIFT, "EVEN": False}
+    whole = {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}
+    constants, shifted = whole | PLAIN, whole | PLAIN | {"SHIFT": GELU_SHIFT, "EVEN": False}
+    kernel, tiles, norm, gelu = quantize_token_kernel, config(arch), input_case("norm"), input_case("gelu")
     cases = {
-        "int8": (quantize_token_kernel, int8, constants | {"KIND": "int8"}, config(arch)),
-        "uint8": (quantize_token_kernel, fp16 | {"codes": "*i8"}, shifted | {"KIND": "uint8"}, config(arch)),
+        "int8": (kernel, int8, constants | {"KIND": "int8"}, tiles),
+        "uint8": (kernel, fp16 | {"codes": "*i8"}, shifted | {"KIND": "uint8"}, tiles),
+        "norm": (kernel, int8 | norm[0], whole | norm[1] | {"KIND": "int8"}, tiles),
+        "gelu": (kernel, int8 | gelu[0], whole | gelu[1] | {"KIND": "uint8", "SHIFT": GELU_SHIFT}, tiles),
     }
     if has_e4m3(arch):
         fp8 = types | {"codes": "*fp8e4nv"}
-        cases["fp8"] = (quantize_token_kernel, fp8, constants | {"KIND": "fp8", "BLOCK_R": WIDEST_RANK}, config(arch))
+        cases["fp8"] = (kernel, fp8, constants | {"KIND": "fp8", "BLOCK_R": WIDEST_RANK}, tiles)
     return cases

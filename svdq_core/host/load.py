@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checkpoint import parameters, read_checkpoint
 from ..errors import SVDQuantError
+from .fuse import fuse
 from .layout import set_activations
-from .mlp import fuse
 from .ops import SVDQuantOps
 from .patcher import adopt
 

@@ -8,11 +8,13 @@ import torch
 from comfy.ops import cast_bias_weight, run_every_op, uncast_bias_weight
 from torch import Tensor, nn
 
+from .. import backends
 from ..adapters import Adapters
+from ..deferred import Deferred, deferring, plain
 from ..errors import SVDQuantError
 from ..linear import QuantizedLinear
 from .adapters import Patch, build, signature
-from .layout import as_linear, as_tensor, is_quantized, shift_bias
+from .layout import as_linear, as_tensor, is_quantized, linear, shift_bias
 
 DISK_NAMES = ("weight_scale", "weight_scale_2", "weight_zero", "smooth_factor", "proj_down", "proj_up", "comfy_quant")
 
@@ -116,7 +118,7 @@ class Linear(comfy.ops.manual_cast.Linear):
             weight = self.weight_patch(weight.dequantize())
         if not is_quantized(weight):
             weight, bias = weight.to(x.dtype), self.plain_bias(bias, x)
-        y = self.adapted(self.adapters, x, weight, bias) if self.adapters else nn.functional.linear(x, weight, bias)
+        y = self.adapted(self.adapters, x, weight, bias) if self.adapters else product(x, weight, bias)
         uncast_bias_weight(self, weight, bias, stream)
         return y
 
@@ -150,7 +152,8 @@ class Linear(comfy.ops.manual_cast.Linear):
         if adapters.branch is not None:
             weight = torch.addmm(weight, adapters.branch.up, adapters.branch.down)
         if not adapters.others:
-            return nn.functional.linear(x, weight, bias)
+            return product(x, weight, bias)
+        x = plain(x)
         outside = None  # a bias that is not adapted with the weight's output
         if not adapters.additive:
             outside = self.plain_bias(bias, x) if is_quantized(weight) else bias
@@ -257,7 +260,27 @@ class Linear(comfy.ops.manual_cast.Linear):
         self.weight_patch = patch
 
 
+def product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """``x (..., K)`` times ``weight (N, K)``, quantized or not; a deferred x reaches the quantizer as it is."""
+    if isinstance(x, Deferred) and is_quantized(weight):
+        return linear(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
+
+
+class LayerNorm(comfy.ops.manual_cast.LayerNorm):
+    """ComfyUI's norm; one without weights may be computed by the quantizer of the linear that comes after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (deferring() and self.weight is None and self.bias is None and len(self.normalized_shape) == 1):
+            return super().forward(x)
+        if not backends.may_fuse(x):
+            return super().forward(x)
+        run_every_op()
+        return Deferred(x, eps=self.eps)
+
+
 class SVDQuantOps(comfy.ops.manual_cast):
     """``model_options["custom_operations"]`` for a model with quantized linears."""
 
     Linear = Linear
+    LayerNorm = LayerNorm

@@ -1,12 +1,18 @@
-"""``mlp.0 -> GELU -> mlp.2`` of a 4-bit model as one op, where nothing else has to see what is between them."""
+"""What the linears of a loaded 4-bit model take over from the modules around them, in the model's own forward.
+
+``mlp.0 -> GELU -> mlp.2`` is one op where nothing else has to see what is between them; in FLUX's blocks, norms and
+GELUs are :mod:`deferred <..deferred>` to the quantizer of the linear that comes next.
+"""
 
 from typing import Any
 
+import comfy.ldm.flux.layers as flux
 import torch
 from comfy.ops import run_every_op
 from torch import Tensor, nn
 
 from .. import backends
+from ..deferred import deferred, deferring, gelu
 from ..linear import QuantizedLinear
 from .layout import as_linear, is_quantized
 from .ops import Linear
@@ -30,14 +36,56 @@ class MLP(nn.Sequential):
         return backends.mlp(x, layer_of(first, x), layer_of(second, x), activations)
 
 
+class GELU(nn.GELU):
+    """GELU (tanh), computed by the quantizer of the linear that comes after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x) if deferring() and backends.may_fuse(x) else super().forward(x)
+
+
+class DoubleStreamBlock(flux.DoubleStreamBlock):
+    """ComfyUI's own: it uses every norm and GELU at once, so they may be deferred while it runs."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler fuses them itself
+            return super().forward(*args, **kwargs)
+        with deferred():
+            return super().forward(*args, **kwargs)
+
+
+class SingleStreamBlock(flux.SingleStreamBlock):
+    """The same."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        with deferred():
+            return super().forward(*args, **kwargs)
+
+
+BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+    flux.DoubleStreamBlock: DoubleStreamBlock,
+    flux.SingleStreamBlock: SingleStreamBlock,
+}
+
+
 def fuse(model: nn.Module) -> None:
-    """Make every such ``nn.Sequential`` of a loaded model an :class:`MLP`."""
+    """Give the modules of a loaded model these classes; keys, children and hooks stay what they are."""
     for module in model.modules():
         if type(module) is nn.Sequential and len(module) == 3:
-            first, gelu, second = module
-            linears = isinstance(first, Linear) and isinstance(second, Linear)
-            if linears and type(gelu) is nn.GELU and gelu.approximate == "tanh":
+            first, between, second = module
+            if isinstance(first, Linear) and isinstance(second, Linear) and is_gelu(between):
                 module.__class__ = MLP
+        block = BLOCKS.get(type(module))
+        if block is not None:
+            module.__class__ = block
+            for child in module.modules():
+                if is_gelu(child):
+                    child.__class__ = GELU
+
+
+def is_gelu(module: nn.Module) -> bool:
+    return type(module) in (nn.GELU, GELU) and module.approximate == "tanh"
 
 
 def alone(linear: Linear, x: Tensor) -> bool:

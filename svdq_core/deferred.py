@@ -1,0 +1,160 @@
+"""Inputs that a linear's quantizer computes as it reads them: LayerNorm and modulation, GELU, and what is beside it.
+
+Between FLUX's linears stand a norm, a modulation, a GELU, a ``torch.cat``, each of which reads and writes all tokens
+once more. Where they are deferred, the model's own code goes on with a :class:`Deferred` in place of the result; a
+quantized linear takes it apart (:func:`operands`), and for everything else it is the tensor that torch would have made.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+
+
+class Deferred(Tensor):
+    """A tensor ``(..., K)`` that is computed when it is needed, once; then it is an ordinary one, :meth:`value`.
+
+    ``head`` is ``x (..., K0)``. With ``tail``: ``[x | GELU(tail)]`` (tanh). Else ``LayerNorm(x)``, without weights, and
+    with ``mult`` and ``shift``, both (B, 1, K) or (1, 1, K) for an x (B, L, K): ``LayerNorm(x) * mult + shift``.
+    Nobody may write to these tensors before it is used.
+    """
+
+    head: Tensor
+    tail: Tensor | None
+    mult: Tensor | None
+    shift: Tensor | None
+    eps: float
+    computed: Tensor | None
+    whole: "Deferred | None"
+
+    # Every operation comes by __torch_dispatch__.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        head: Tensor,
+        tail: Tensor | None = None,
+        mult: Tensor | None = None,
+        shift: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> "Deferred":
+        width = head.shape[-1] + (0 if tail is None else tail.shape[-1])
+        self = Tensor._make_wrapper_subclass(cls, (*head.shape[:-1], width), dtype=head.dtype, device=head.device)
+        self.head, self.tail, self.mult, self.shift, self.eps = head, tail, mult, shift, eps
+        self.computed = self.whole = None
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    @property
+    def before(self) -> str:
+        """What the quantizers' kernels call it (``triton_kernels/inputs.py``); "" where they have to read the value."""
+        if self.computed is not None:
+            return ""
+        return "gelu" if self.tail is not None else "norm" if self.mult is not None else ""
+
+    def value(self) -> Tensor:
+        """The tensor itself, the same one at every call: who writes to it finds that again."""
+        if self.computed is None:
+            self.computed = self.compute()
+        return self.computed
+
+    def compute(self) -> Tensor:
+        if self.whole is not None:
+            return self.whole.value().reshape(self.shape)
+        if self.tail is not None:
+            after = torch.nn.functional.gelu(self.tail, approximate="tanh")
+            return torch.cat([self.head, after], -1) if self.head.shape[-1] else after
+        normed = torch.nn.functional.layer_norm(self.head, self.head.shape[-1:], eps=self.eps)
+        if self.mult is None or self.shift is None:
+            return normed
+        return torch.addcmul(self.shift, normed, self.mult)
+
+    def flat(self) -> "Deferred":
+        """As (M, K), with mult and shift (B, K); its value is that of this one."""
+        parts = (None if t is None else t.flatten(0, -2) for t in (self.tail, self.mult, self.shift))
+        flat = Deferred(self.head.flatten(0, -2), *parts, self.eps)
+        flat.whole = self
+        return flat
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        further = None
+        if func is aten.addcmul.default and not kwargs:
+            further = modulated(*args)
+        elif func is aten.cat.default and not kwargs:
+            further = joined(*args)
+        if further is not None:
+            return further
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+
+def plain(x: Any) -> Any:
+    """The value of a :class:`Deferred`, anything else as it is."""
+    return x.value() if isinstance(x, Deferred) else x
+
+
+def gelu(x: Tensor) -> Deferred:
+    """GELU(x), tanh."""
+    return Deferred(x[..., :0], x)
+
+
+def modulated(shift: Tensor, normed: Tensor, mult: Tensor) -> Deferred | None:
+    """``shift + normed * mult`` where that is FLUX's: a norm (B, L, K), and one row for all tokens of an image."""
+    if not isinstance(normed, Deferred) or normed.dim() != 3 or any(isinstance(t, Deferred) for t in (shift, mult)):
+        return None
+    if normed.computed is not None or normed.tail is not None or normed.mult is not None:
+        return None
+    row = (normed.shape[0], 1, normed.shape[2])
+    if not all(tuple(t.shape) == row and t.dtype == normed.dtype and t.device == normed.device for t in (mult, shift)):
+        return None
+    return Deferred(normed.head, None, mult, shift, normed.eps)
+
+
+def joined(tensors: list[Tensor], dim: int = 0) -> Deferred | None:
+    """``torch.cat`` of a tensor and a GELU along the columns."""
+    if len(tensors) != 2:
+        return None
+    head, after = tensors
+    if isinstance(head, Deferred) or not isinstance(after, Deferred) or after.before != "gelu" or after.tail is None:
+        return None
+    if dim not in (-1, head.dim() - 1) or after.head.shape[-1] or head.shape[:-1] != after.shape[:-1]:
+        return None
+    if (head.dtype, head.device) != (after.dtype, after.device):
+        return None
+    return Deferred(head, after.tail)
+
+
+def operands(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """An ``x (M, K)`` as the quantizers' kernels take it: their first argument, and those that have a name."""
+    if not isinstance(x, Deferred):
+        return x, {}
+    if x.before == "norm":
+        return x.head, {"mult": x.mult, "shift": x.shift, "eps": x.eps}
+    return (x.head, {"tail": x.tail}) if x.before else (x.value(), {})
+
+
+LOCAL = threading.local()
+
+
+def deferring() -> bool:
+    """Whether the code that runs is known to use norms and GELUs before it writes to what they were made of."""
+    return getattr(LOCAL, "on", False)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Within it :func:`deferring` holds, for this thread."""
+    before, LOCAL.on = deferring(), True
+    try:
+        yield
+    finally:
+        LOCAL.on = before

@@ -1,0 +1,68 @@
+"""What stands in front of a linear and its quantizer computes: the same for every quantizer's tests."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+# What, batch, tokens, columns of x, columns of the tail: whole blocks of the kernels' columns, as FLUX has them.
+WHOLE = [("norm", 1, 37, 1024, 0), ("gelu", 1, 37, 512, 1024)]
+
+
+def cases(unit: int) -> st.SearchStrategy[tuple]:
+    """Shapes with columns in multiples of ``unit``, and a seed."""
+    columns, batch, tokens = st.integers(1, 12).map(lambda n: n * unit), st.integers(1, 3), st.integers(1, 20)
+    seed = st.integers(0, 2**31)
+    norm = st.tuples(st.just("norm"), batch, tokens, columns, st.just(0), seed)
+    return norm | st.tuples(st.just("gelu"), st.just(1), tokens, columns | st.just(0), columns, seed)
+
+
+def draw(what: str, batch: int, tokens: int, k: int, tail: int, *rest: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x, what it stands for, and the arguments by name; on the CPU. The last argument is the dtype."""
+    *seed, dtype = rest
+    g = torch.Generator().manual_seed(*seed or [0])
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    x = (random(batch * tokens, k) * torch.where(torch.rand(k, generator=g) < 0.05, 30.0, 1.0) + 3).to(dtype)
+    if what == "gelu":
+        wide = (2 * random(tokens, tail + 16)).to(dtype)[:, 16:]  # a part of wider rows, as linear1 gives it
+        after = torch.nn.functional.gelu(wide.double(), approximate="tanh").to(dtype)
+        return x, torch.cat([x, after], 1), {"tail": wide}
+    mult, shift = (random(batch, k) + 1).to(dtype), random(batch, k).to(dtype)
+    normed = torch.nn.functional.layer_norm(x.double(), (k,), eps=1e-6).unflatten(0, (batch, tokens))
+    y = (normed * mult.double().unsqueeze(1) + shift.double().unsqueeze(1)).flatten(0, 1)
+    return x, y.to(dtype), {"mult": mult, "shift": shift}
+
+
+def check(op: str, x: Tensor, y: Tensor, before: dict[str, Tensor], rest: tuple[Any, ...], on: torch.device) -> None:
+    """What a quantizer makes of x and what stands before it is what it makes of y.
+
+    y is float64 rounded once. In float32 arithmetic a last digit of it falls the other way for few elements, and then
+    a code, and a scale where that was the largest of its group.
+    """
+    quantize = getattr(import_module(f"comfyui_svdquant.triton_kernels.{op}"), op)
+    g = torch.Generator().manual_seed(1)
+    k = y.shape[1]
+    smooth = (torch.rand(k, generator=g) + 0.5).to(x.dtype).to(on)
+    down = (torch.randn(k, 16, generator=g) / k**0.5).to(x.dtype).to(on)
+    moved = {name: t.to(on) for name, t in before.items()}
+    if "tail" in moved:  # its rows stay parts of wider ones
+        moved["tail"] = torch.cat([moved["tail"][:, :16], moved["tail"]], 1)[:, 16:]
+    found = [t.cpu().double() for t in quantize(x.to(on), smooth, down, *rest, **moved)]
+    wanted = [t.cpu().double() for t in quantize(y.to(on), smooth, down, *rest)]
+    m, scales = y.shape[0], found[1].reshape(y.shape[0], -1)
+    same = scales == wanted[1].reshape(m, -1)
+    codes = [each[0].reshape(*scales.shape, -1)[same] for each in (found, wanted)]  # another scale, other codes
+    for name, each, other in (("scales", found[1], wanted[1]), ("codes", *codes), ("hidden", found[2], wanted[2])):
+        assert each.shape == other.shape and each.isfinite().all(), name
+        differing = int((each != other).sum())
+        assert differing <= 2 + 0.02 * each.numel() or x.dtype == torch.float32, (name, differing, each.numel())
+    eps = torch.finfo(x.dtype).eps
+    step = 0.13 if op == "quantize_nvfp4" else max(2.1 * eps, 1e-5)  # e4m3 has three bits after the first
+    assert ((found[1] - wanted[1]).abs() <= step * wanted[1]).all()
+    room = (4 * eps * y.double().abs() + 1e-5) @ down.cpu().double().abs()
+    assert ((found[2] - wanted[2]).abs() <= room).all()

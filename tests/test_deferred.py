@@ -1,0 +1,301 @@
+"""Norms and GELUs that the quantizer of the next linear computes: as tensors, in the choice, and in ComfyUI's FLUX."""
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from comfyui_svdquant.svdq_core import backends, implementations
+from comfyui_svdquant.svdq_core.deferred import Deferred, deferred, gelu
+from comfyui_svdquant.svdq_core.formats import get_format
+from torch import Tensor
+
+from sampling import error_db, load
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+F = torch.nn.functional
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(backends, "CHECKED", dict.fromkeys(backends.CHECKED, (5, 128)))  # the interpreter is slow
+    monkeypatch.setattr(backends, "CHECKED_K", 512)
+    backends.forget()
+    yield
+    backends.forget()
+
+
+@pytest.fixture
+def force(monkeypatch):
+    def to(name: str) -> None:
+        monkeypatch.setattr(backends, "FORCED", name)
+        backends.forget()
+
+    return to
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The names of the implementations that ran, and the shapes of their inputs."""
+    calls, run = [], backends.run
+
+    def counted(implementation, x, *layers):
+        assert isinstance(x, Deferred) == bool(implementation.before)
+        calls.append((implementation.name, tuple(x.shape)))
+        return run(implementation, x, *layers)
+
+    monkeypatch.setattr(backends, "run", counted)
+    return calls
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def modulated(x: Tensor, mult: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Deferred as ComfyUI's apply_mod says it, and computed."""
+    return torch.addcmul(shift, Deferred(x), mult), torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), mult)
+
+
+# ---- as tensors
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_is_the_tensor_that_torch_makes(mode):
+    with mode():
+        x, wide = random(2, 5, 64), random(2, 5, 192, seed=1)[..., 64:]
+        found, wanted = modulated(x, random(2, 1, 64, seed=2), random(2, 1, 64, seed=3))
+        after = F.gelu(wide, approximate="tanh")
+        pairs = [(Deferred(x), F.layer_norm(x, (64,), eps=1e-6)), (found, wanted), (gelu(wide), after)]
+        pairs += [(torch.cat((x, gelu(wide)), dim), torch.cat((x, after), dim)) for dim in (2, -1)]
+        for lazy, tensor in pairs:
+            assert isinstance(lazy, Deferred) and lazy.shape == tensor.shape and lazy.dtype == tensor.dtype
+            assert lazy.computed is None
+            assert torch.equal(lazy[:, 1:].float().abs(), tensor[:, 1:].float().abs())
+            assert torch.equal(F.linear(lazy, torch.eye(tensor.shape[-1]).bfloat16()), tensor)
+            assert lazy.value() is lazy.value() and lazy.before == ""
+            assert "Deferred" not in type(lazy + 1).__name__ and torch.equal(1 + lazy, 1 + tensor)
+
+
+def test_what_is_written_to_it_stays():
+    """As ComfyUI modulates parts of the tokens: in place, in slices."""
+    x = random(1, 6, 64)
+    lazy, wanted = Deferred(x), F.layer_norm(x, (64,), eps=1e-6)
+    for tensor in (lazy, wanted):
+        tensor[:, 0:3] *= 2
+        tensor[:, 3:6] += 1
+    assert torch.equal(lazy.value(), wanted) and lazy.before == ""
+    shift = random(1, 1, 64)
+    assert torch.equal(torch.addcmul(shift, lazy, shift), torch.addcmul(shift, wanted, shift))
+
+
+ROWS = [(random(2, 1, 64), random(1, 1, 64)), (random(2, 5, 64), random(2, 5, 64)), (random(64), random(64))]
+ROWS += [(random(2, 1, 64).float(), random(2, 1, 64).float())]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_modulation_that_kernels_do_not_know_is_computed(rows):
+    found, wanted = modulated(random(2, 5, 64), *rows)
+    assert not isinstance(found, Deferred) and torch.equal(found, wanted)
+
+
+def test_a_cat_that_kernels_do_not_know_is_computed():
+    x, wide = random(1, 5, 64), random(1, 5, 64, seed=1)
+    after = F.gelu(wide, approximate="tanh")
+    for tensors, dim in (
+        ((x, gelu(wide)), 1),
+        ((gelu(wide), x), 2),
+        ((x, gelu(wide), x), 2),
+        ((gelu(wide), gelu(wide)), 2),
+    ):
+        wanted = torch.cat([after if isinstance(t, Deferred) else t for t in tensors], dim)
+        found = torch.cat(tensors, dim)
+        assert not isinstance(found, Deferred) and torch.equal(found, wanted)
+
+
+# ---- the choice
+
+READ = ["triton-w4a4", "triton-w4a8-int8", "triton-w4a8-fp8", "triton-widened-int8", "triton-widened-fp8"]
+
+
+def inputs(k: int) -> list[tuple[Deferred, Tensor]]:
+    """A modulated norm (2, 8, k), and [x | GELU]; with what is closest to them: computed in float32, rounded once."""
+    x, mult, shift = random(2, 8, k), random(2, 1, k, seed=1) + 1, random(2, 1, k, seed=2)
+    normed = torch.addcmul(shift.float(), F.layer_norm(x.float(), (k,), eps=1e-6), mult.float()).bfloat16()
+    joined = torch.cat((x[..., :64], gelu(x[..., 64:])), 2)
+    return [(modulated(x, mult, shift)[0], normed), (joined, Deferred(x[..., :64], x[..., 64:]).value())]
+
+
+@pytest.mark.parametrize(
+    "fmt, name", [("int4", name) for name in READ] + [("int8", "triton-w8a8"), ("nvfp4", "triton-nvfp4")]
+)
+def test_kernels_of_every_format_read_it(force, ran, fmt, name):
+    force(name)
+    layer, _ = backends.random_layer(get_format(fmt), 1, 256, 128, torch.device("cpu"), torch.bfloat16, 16)
+    for (x, value), before in zip(inputs(256), ("norm", "gelu")):
+        found = backends.linear(x, layer)
+        assert ran[-1] == (f"{name}-after-{before}", (16, 256)) and x.computed is None
+        wanted = backends.linear(value, layer)
+        assert ran[-1] == (name, (16, 256)) and found.shape == (2, 8, 128) and found.dtype == torch.bfloat16
+        assert error_db(found, wanted.double()) < -36
+
+
+@pytest.mark.parametrize("fmt, name", [("int4", "torch"), ("awq", "triton-w4a16")])
+def test_others_take_its_value(force, ran, fmt, name):
+    force(name)
+    layer, _ = backends.random_layer(get_format(fmt), 1, 256, 128, torch.device("cpu"), torch.bfloat16, 0)
+    for x, _ in inputs(256):
+        found = backends.linear(x, layer)
+        assert ran[-1] == (name, (16, 256)) and torch.equal(found, backends.linear(x.value(), layer))
+
+
+def test_where_it_fails_the_same_kernels_take_its_value(force, ran, monkeypatch, caplog):
+    force("triton-w4a4")
+    layer, _ = backends.random_layer(get_format("int4"), 1, 256, 128, torch.device("cpu"), torch.bfloat16, 0)
+
+    def broken(x):
+        return (x, {}) if not isinstance(x, Deferred) else exec("raise RuntimeError('no such instruction')")
+
+    monkeypatch.setattr(implementations, "operands", broken)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            x, _ = inputs(256)[0]
+            assert torch.equal(backends.linear(x, layer), backends.linear(x.value(), layer))
+    assert [name for name, _ in ran].count("triton-w4a4-after-norm") == 1
+    assert ran[-1][0] == "triton-w4a4"
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert "triton-w4a4-after-norm is not used on cpu (RuntimeError: no such instruction)" in message
+
+
+def test_float32_and_empty_inputs(force):
+    force("triton-w4a4")
+    layer, _ = backends.random_layer(get_format("int4"), 1, 256, 128, torch.device("cpu"), torch.bfloat16, 16)
+    x = torch.randn(1, 3, 256)
+    assert torch.equal(backends.linear(gelu(x), layer), backends.linear(F.gelu(x, approximate="tanh"), layer))
+    assert backends.linear(gelu(x.bfloat16()[:, :0]), layer).shape == (1, 0, 128)
+
+
+# ---- in ComfyUI
+
+
+@pytest.fixture(scope="module")
+def bf16_model(host, small_flux_files):
+    return load(small_flux_files["int4"], torch.bfloat16)
+
+
+def inputs_of(block) -> tuple:
+    """Few tokens, for a block of either kind: image and text, or both in one."""
+    from comfy.ldm.flux.layers import EmbedND
+
+    pe = EmbedND(128, 10000, [16, 56, 56])(torch.zeros(1, 9, 3))
+    tokens = (random(1, 9, 256),) if hasattr(block, "linear1") else (random(1, 6, 256), random(1, 3, 256, seed=2))
+    return *tokens, random(1, 256, seed=1), pe
+
+
+def outputs_of(block, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    *tokens, pe = (t.to(dtype, copy=True) for t in inputs_of(block))  # blocks write to their inputs
+    with torch.no_grad():
+        found = block(*tokens, pe.float())
+    return torch.cat(found, 1) if isinstance(found, tuple) else found
+
+
+ALONE = {"{}-after-norm": 4, "{}-after-gelu": 2, "{}": 2}  # qkv and mlp.0, mlp.2, proj; of image and text
+FUSED = {"{}-after-norm": 2, "{}": 2, "{}-mlp-after-norm": 2}
+SINGLE = {"{}-after-norm": 1, "{}-after-gelu": 1}  # linear1, linear2
+
+
+BLOCKS = [("triton-w4a4", "double", FUSED), ("triton-w4a4", "double", ALONE), ("triton-w4a4", "single", SINGLE)]
+BLOCKS += [("triton-widened-int8", "single", SINGLE)]
+
+
+@pytest.mark.parametrize(("name", "kind", "wanted"), BLOCKS)
+def test_blocks(bf16_model, force, ran, monkeypatch, name, kind, wanted):
+    """What comes after a norm or a GELU reads it, what comes after attention does not, and the result is as good."""
+    block = getattr(bf16_model.model.diffusion_model, f"{kind}_blocks")[0]
+    monkeypatch.setattr(backends, "MAX_SCRATCH", 0 if wanted is ALONE else backends.MAX_SCRATCH)
+    force(name)
+    outputs_of(block)
+    ran.clear()  # of the checks
+    found = outputs_of(block)
+    counts = Counter(called for called, _ in ran if called != "torch")  # torch: the modulation
+    assert counts == {key.format(name): count for key, count in wanted.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("comfyui_svdquant.svdq_core.host.fuse.deferring", lambda: False)
+        patch.setattr("comfyui_svdquant.svdq_core.host.ops.deferring", lambda: False)
+        ran.clear()
+        before = outputs_of(block)
+        assert not any("after-norm" in called for called, _ in ran)
+    if name == "triton-w4a4":  # a last digit of bf16 moves 4-bit codes
+        exact = outputs_of(block, torch.float32).double()
+        assert error_db(found, exact) < error_db(before, exact) + 2
+    else:
+        assert error_db(found, before.double()) < -30
+
+
+def test_nothing_is_deferred_outside_of_blocks(bf16_model, force):
+    """Who calls a norm himself may keep the result while its input changes."""
+    force("triton-w4a4")
+    block = bf16_model.model.diffusion_model.single_blocks[0]
+    x = random(1, 5, 256)
+    assert type(block.pre_norm(x)) is Tensor and type(block.mlp_act(x)) is Tensor
+    with deferred():
+        assert isinstance(block.pre_norm(x), Deferred) and isinstance(block.mlp_act(x), Deferred)
+        assert type(block.pre_norm(x.float())) is Tensor
+    assert type(block.pre_norm(x)) is Tensor
+
+
+def test_hooks_and_patches_see_tensors(bf16_model, force, ran):
+    force("triton-w4a4")
+    block, seen = bf16_model.model.diffusion_model.single_blocks[0], []
+    x, vec, pe = inputs_of(block)
+    with torch.no_grad():
+        plain = block(x.clone(), vec, pe)
+        handles = [
+            block.mlp_act.register_forward_hook(lambda module, args, out: seen.append(out.float().mean())),
+            block.linear1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+        ]
+        changed = block(x.clone(), vec, pe)
+        for handle in handles:
+            handle.remove()
+        assert len(seen) == 1 and not torch.equal(changed, plain)
+        block.forward = type(block).__mro__[1].forward.__get__(block)  # as nodes replace it: then nothing is deferred
+        ran.clear()
+        assert error_db(block(x.clone(), vec, pe), plain.double()) < -15
+        del block.forward
+    assert [name for name, _ in ran if name != "torch"] == ["triton-w4a4", "triton-w4a4"]
+
+
+def test_modulation_of_parts_of_the_tokens(bf16_model, force):
+    """Reference images have a modulation of their own, which ComfyUI writes into slices of the norm."""
+    force("triton-widened-int8")
+    block = bf16_model.model.diffusion_model.single_blocks[0]
+    x, vec, pe = inputs_of(block)
+    both = torch.cat([vec, vec]).unsqueeze(0)
+    with torch.no_grad():
+        whole = block(x.clone(), vec, pe)
+        parts = block(x.clone(), both, pe, modulation_dims=[(0, 4, 0), (4, 9, 1)])
+    assert error_db(parts, whole.double()) < -30
+
+
+def test_lora_on_the_branch_and_beside(bf16_model, force, ran):
+    from comfy.weight_adapter.lora import LoRAAdapter
+    from comfy.weight_adapter.oft import OFTAdapter
+
+    force("triton-w4a4")
+    block = bf16_model.model.diffusion_model.single_blocks[0]
+    x, vec, pe = inputs_of(block)
+    lora = LoRAAdapter(set(), (torch.randn(256, 8) / 8, torch.randn(8, 1280) / 32, None, None, None, None))
+    rotation = OFTAdapter(set(), (torch.randn(4, 64, 64) / 64, None, None, None))
+    with torch.no_grad():
+        plain = block(x.clone(), vec, pe)
+        try:
+            block.linear2.set_patches("w", [(1.0, lora, 1.0, None, None)], x)
+            assert not torch.equal(block(x.clone(), vec, pe), plain)
+            assert ran[-1][0] == "triton-w4a4-after-gelu"
+            block.linear2.set_patches("w", [(1.0, rotation, 1.0, None, None)], x)
+            assert not torch.equal(block(x.clone(), vec, pe), plain)
+            assert ran[-1][0] == "triton-w4a4"
+        finally:
+            block.linear2.drop_adapters()
+        assert torch.equal(block(x.clone(), vec, pe), plain)

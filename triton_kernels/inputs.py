@@ -1,0 +1,152 @@
+"""What stands in front of a linear and is computed by its quantizer, so that it is never written to memory.
+
+    ""      x (M, K) as it is
+    "norm"  LayerNorm(x) · mult + shift: no affine weights; mult and shift (B, K), each row for M / B rows of x
+    "gelu"  [x | GELU(tail)], tanh: x (M, K0) and tail (M, K - K0) side by side, K0 may be 0
+
+In FLUX they stand in front of every linear but the attention's last. Computed in float32 and rounded to x's dtype once:
+the quantizer goes on with that, as if it had been read.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import FLOATS, expect
+from .rounding import reciprocal
+
+
+def columns(op: str, x: Tensor, tail: Tensor | None, mult: Tensor | None, shift: Tensor | None) -> int:
+    """K; :class:`ValueError` that names what does not fit."""
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (M, K).")
+    k = x.shape[1]
+    if tail is not None:
+        if mult is not None or shift is not None:
+            raise ValueError(f"{op}: tail and mult exclude each other.")
+        expect(op, "tail", tail, (x.shape[0], tail.shape[-1]), (x.dtype,), x.device)
+        k += tail.shape[1]
+    if mult is not None and shift is not None:
+        expect(op, "mult", mult, (mult.shape[0], k), FLOATS, x.device)
+        expect(op, "shift", shift, tuple(mult.shape), FLOATS, x.device)
+        if mult.shape[0] == 0 or x.shape[0] % mult.shape[0]:
+            raise ValueError(
+                f"{op}: mult has {mult.shape[0]} rows, which {x.shape[0]} rows of x cannot be shared among."
+            )
+    elif mult is not None or shift is not None:
+        raise ValueError(f"{op}: mult and shift come together.")
+    return k
+
+
+def arguments(
+    x: Tensor, tail: Tensor | None, mult: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[dict[str, object], int]:
+    """The kernel's arguments for the input, and into how many parts of equal height its rows are cut."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if tail is not None:
+        tail = tail if tail.stride(1) == 1 else tail.contiguous()
+        if x.shape[1] == 0:
+            x = tail.new_empty(x.shape)  # a pointer that is aligned
+    parts = 1 if mult is None else mult.shape[0]
+    given: dict[str, object] = {
+        "x": x, "stride_m": x.stride(0), "tail": tail, "split": x.shape[1],
+        "tail_stride": 0 if tail is None else tail.stride(0),
+        "mult": None if mult is None else mult.contiguous(), "shift": None if shift is None else shift.contiguous(),
+        "rows_per_mod": x.shape[0] // parts, "eps": eps,
+        "BEFORE": "gelu" if tail is not None else "" if mult is None else "norm",
+    }  # fmt: skip
+    return given, parts
+
+
+@triton.jit
+def rows_of_program(M, rows_per_mod, BEFORE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows (the last one again beyond the end), which of them are there, and their row of mult and shift."""
+    block, arange = tl.program_id(0), tl.arange(0, BLOCK_M)
+    if BEFORE == "norm":  # no program has rows of two parts, so it reads one row of mult and shift
+        blocks = tl.cdiv(rows_per_mod, BLOCK_M)
+        part = (block // blocks).to(tl.int64)
+        row = block % blocks * BLOCK_M + arange
+        return part * rows_per_mod + tl.minimum(row, rows_per_mod - 1), row < rows_per_mod, part
+    else:
+        row = block * BLOCK_M + arange
+        return tl.minimum(row, M - 1).to(tl.int64), row < M, 0
+
+
+@triton.jit
+def load_columns(x, rows, ks, K, stride_m, EVEN: tl.constexpr):
+    """x[rows, ks], zero beyond the last column."""
+    pointers = x + rows[:, None] * stride_m + ks[None, :]
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(ks < K)[None, :], other=0.0)
+
+
+@triton.jit
+def moments(x, rows, K, stride_m, eps, BEFORE: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
+    """Mean and 1 / sqrt(variance + eps) of rows: two passes, so that a large mean costs no digits."""
+    if BEFORE != "norm":
+        return 0.0, 0.0
+    else:
+        block = tl.arange(0, BLOCK_K)
+        total = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            total += load_columns(x, rows, k + block, K, stride_m, EVEN).to(tl.float32)
+        mean = tl.sum(total, axis=1) / K
+        square = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            distance = load_columns(x, rows, k + block, K, stride_m, EVEN).to(tl.float32) - mean[:, None]
+            if not EVEN:
+                distance = tl.where((k + block < K)[None, :], distance, 0.0)
+            square += distance * distance
+        return mean, tl.rsqrt(tl.sum(square, axis=1) / K + eps)
+
+
+@triton.jit
+def load_input(
+    x, tail, mult, shift, rows, part, ks, K, split, stride_m, tail_stride, mean, rstd,
+    BEFORE: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """The linear's input at (rows, ks) in x's dtype, zero beyond the last column."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    if BEFORE == "gelu":
+        own = (ks < split)[None, :]
+        head = tl.load(x + rows[:, None] * stride_m + ks[None, :], mask=own, other=0.0)
+        rest = (ks >= split)[None, :] if EVEN else ((ks >= split) & (ks < K))[None, :]
+        at = tail + rows[:, None] * tail_stride + (ks - split)[None, :]
+        return tl.where(own, head, gelu(tl.load(at, mask=rest, other=0.0).to(tl.float32), PTX).to(dtype))
+    elif BEFORE == "norm":
+        wide = load_columns(x, rows, ks, K, stride_m, EVEN).to(tl.float32)
+        normed = tl.fma(wide, rstd[:, None], (-mean * rstd)[:, None])
+        if EVEN:
+            by, plus = tl.load(mult + part * K + ks), tl.load(shift + part * K + ks)
+        else:
+            by = tl.load(mult + part * K + ks, mask=ks < K, other=0.0)
+            plus = tl.load(shift + part * K + ks, mask=ks < K, other=0.0)
+        return tl.fma(normed, by.to(tl.float32)[None, :], plus.to(tl.float32)[None, :]).to(dtype)
+    else:
+        return load_columns(x, rows, ks, K, stride_m, EVEN)
+
+
+@triton.jit
+def gelu(x, PTX: tl.constexpr):
+    """GELU with tanh of float32: x · sigmoid(2 √(2/π) (x + 0.044715 x³)), as 1 + tanh(u) = 2 sigmoid(2u); base 2."""
+    power = x * tl.fma(x * x, -0.1029432395800235, -2.302208198144325)
+    if PTX:
+        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [power], tl.float32, is_pure=True, pack=1)
+    else:
+        e = tl.exp2(power)
+    high, _ = reciprocal(1.0 + e, PTX)
+    return x * high
+
+
+# For the kernels' `compile_cases`: types of the scalars, and what a plain input has not.
+TYPES = {"stride_m": "i32:16", "tail_stride": "i32:16", "split": "i32:16", "rows_per_mod": "i32", "eps": "fp32"}
+PLAIN = {"tail": None, "mult": None, "shift": None, "BEFORE": ""}
+
+
+def input_case(before: str) -> tuple[dict[str, str], dict[str, object]]:
+    """Types and constants of bf16 inputs with something in front."""
+    given = ("tail",) if before == "gelu" else ("mult", "shift")
+    constants = {name: value for name, value in PLAIN.items() if name not in given}
+    return dict.fromkeys(given, "*bf16"), constants | {"BEFORE": before}
