@@ -1,4 +1,5 @@
-"""quantize_nvfp4 at FLUX.1's shapes, against plain torch and a plain copy of the input.
+"""quantize_nvfp4 at FLUX.1's shapes, against plain torch and a plain copy of the input; then with what stands
+before it.
 
     .venv/bin/python benchmarks/benchmark_quantize_nvfp4.py
 
@@ -8,7 +9,7 @@ TB/s counts the input once and the results. The baseline is the copy: the least 
 import torch
 from comfyui_svdquant.svdq_core.formats import get_format
 from comfyui_svdquant.triton_kernels.quantize_nvfp4 import quantize_nvfp4
-from kernel_timing import RANK, SHAPES, TOKENS, compare, gpu
+from kernel_timing import RANK, SHAPES, TOKENS, compare, gpu, in_front
 
 
 def main() -> None:
@@ -23,7 +24,9 @@ def main() -> None:
             "torch": lambda x=x, s=smooth, d=down: (nvfp4.round_activations(x.float() / s.float(), x.dtype), x @ d),
             "copy": lambda x=x: x.clone(),
         }
-        compare(f"K {k}", runs, TOKENS * (2.5 * k + k / 16 + 2 * RANK) * 1e-12, "TB/s")
+        work = TOKENS * (2.5 * k + k / 16 + 2 * RANK) * 1e-12
+        compare(f"K {k}", runs, work, "TB/s")
+        in_front(lambda x, s=smooth, d=down, k=k, **before: quantize_nvfp4(x, s, d, k > 3072, **before), x, work)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""quantize_token at FLUX.1's shapes, against plain torch and a plain copy of the input.
+"""quantize_token at FLUX.1's shapes, against plain torch and a plain copy of the input; then with what stands
+before it.
 
     .venv/bin/python benchmarks/benchmark_quantize_token.py
 
@@ -10,7 +11,7 @@ from comfyui_svdquant.svdq_core.formats import get_format
 from comfyui_svdquant.triton_kernels.common import arch
 from comfyui_svdquant.triton_kernels.quantize_token import quantize_token
 from comfyui_svdquant.triton_kernels.rounding import has_e4m3
-from kernel_timing import RANK, SHAPES, TOKENS, compare, gpu
+from kernel_timing import RANK, SHAPES, TOKENS, compare, gpu, in_front
 
 
 def main() -> None:
@@ -28,7 +29,10 @@ def main() -> None:
             "torch": lambda x=x, s=smooth, d=down: (int8.round_activations(x.float() / s.float(), x.dtype), x @ d),
             "copy": lambda x=x: x.clone(),
         }
-        compare(f"K {k}", runs, TOKENS * (3 * k + 2 * RANK) * 1e-12, "TB/s")
+        work = TOKENS * (3 * k + 2 * RANK) * 1e-12
+        compare(f"K {k}", runs, work, "TB/s")
+        kind = (True, "uint8") if k > 3072 else (False, "int8")
+        in_front(lambda x, s=smooth, d=down, kind=kind, **before: quantize_token(x, s, d, *kind, **before), x, work)
 
 
 if __name__ == "__main__":

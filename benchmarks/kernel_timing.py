@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import triton
 from comfyui_svdquant.svdq_core.benchmark import FLUX_SHAPES
+from comfyui_svdquant.svdq_core.deferred import Deferred
+from torch import Tensor
 from triton.testing import do_bench
 
 TOKENS, RANK = 4608, 32  # of FLUX.1 at 1024 x 1024
@@ -30,3 +32,20 @@ def compare(name: str, runs: dict[str, Callable[[], Any]], work: float, unit: st
     baseline = times[list(times)[-1]]
     for run, ms in times.items():
         print(f"{name:>16}  {run:<28} {ms:8.3f} ms  {work / ms * 1e3:8.2f} {unit}  {baseline / ms:5.2f}x")
+
+
+def in_front(quantize: Callable[..., Any], x: Tensor, work: float) -> None:
+    """What a quantizer saves that computes what FLUX has before a linear: norm and modulation, or GELU and the cat.
+
+    ``quantize`` takes x and its arguments by name. The baseline is torch's passes, and then the quantizer.
+    """
+    k = x.shape[1]
+    head = 3072 if k == 15360 else 0
+    mult, shift, tail = x[:1], x[1:2], x[:, head:]
+    if k == 3072:
+        value, given = Deferred(x, None, mult, shift), {"mult": mult, "shift": shift}
+        runs = {"norm": lambda: quantize(x, **given), "torch, then it": lambda: quantize(value.compute())}
+    else:
+        value = Deferred(x[:, :head], tail)
+        runs = {"GELU": lambda: quantize(x[:, :head], tail=tail), "torch, then it": lambda: quantize(value.compute())}
+    compare(f"K {k}", runs, work, "TB/s")

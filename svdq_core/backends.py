@@ -595,6 +595,11 @@ def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activati
     return run_linear(gelu(run_linear(x, first, activations)), second, activations)
 
 
+def on_gpu() -> bool:
+    """Whether inputs may come that :func:`may_fuse`."""
+    return torch.cuda.is_available() or bool(FORCED)
+
+
 def may_fuse(x: Tensor) -> bool:
     """Whether :func:`mlp` takes an input: what :func:`linear` would give to its op, without a gradient."""
     wants_gradient = torch.is_grad_enabled() and x.requires_grad

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .deferred import Deferred, plain
 from .formats import get_format
 from .implementations import IMPLEMENTATIONS, Implementation
 from .linear import QuantizedLinear
 
 FLUX_SHAPES = ((3072, 9216), (3072, 3072), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072))  # (K, N)
+BEFORE = {shape: "gelu" if shape[1] == 3072 else "norm" for shape in FLUX_SHAPES if shape != (3072, 3072)}
 MODULATION_SHAPES = ((3072, 18432), (3072, 9216))
 RANK = 32
 
@@ -28,7 +30,8 @@ def rows(gpu: bool, tokens: int | None, fmt: str) -> list[tuple[str, int, int, i
 def bench(device: torch.device, tokens: int | None, fmt: str = "int4") -> None:
     """Print milliseconds, ratios and the choice per shape. The baseline is ``torch.nn.functional.linear``, in 16 bit.
 
-    On a GPU every implementation is timed, and from then on the fastest of the right ones runs there.
+    On a GPU every implementation is timed, with what FLUX has before the linear, and so is the baseline; from then on
+    the fastest of the right ones runs there.
     """
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -37,44 +40,57 @@ def bench(device: torch.device, tokens: int | None, fmt: str = "int4") -> None:
     print(f"{'':5} {'M':>5} {'K':>6} {'N':>6} {'16 bit':>10} {'quantized':>12} {'speed-up':>9}  implementation")
     for each, m, k, n in rows(gpu, tokens, fmt):
         layer, x = backends.random_layer(get_format(each), m, k, n, device, dtype, RANK)
-        plain = median_ms(sixteen_bit(layer, x), gpu)
-        times = measure(layer, x) if gpu else {}
+        before = input_of(x, BEFORE.get((k, n), "") if gpu else "")
+        baseline = median_ms(sixteen_bit(layer, before), gpu)
+        times = measure(layer, before) if gpu else {}
         if times:
             backends.store_measurements(device, {backends.shape_key(each, backends.size_class(m), k, n): times})
-        ms = median_ms(lambda x=x, layer=layer: backends.linear(x, layer), gpu)  # type: ignore[misc]
+        ms = median_ms(lambda before=before, layer=layer: backends.linear(before(), layer), gpu)  # type: ignore[misc]
         choice = backends.choice(x, layer).name
-        print(f"{each:5} {m:5} {k:6} {n:6} {plain:7.2f} ms {ms:9.2f} ms {plain / ms:8.2f}x  {choice}", flush=True)
+        print(f"{each:5} {m:5} {k:6} {n:6} {baseline:7.2f} ms {ms:9.2f} ms {baseline / ms:8.2f}x  {choice}", flush=True)
         for name, ms in sorted(times.items(), key=lambda item: item[1]):
-            print(f"{'':36} {ms:9.2f} ms {plain / ms:8.2f}x  {name} alone")
+            print(f"{'':36} {ms:9.2f} ms {baseline / ms:8.2f}x  {name} alone")
     if gpu:
         print(f"The choice is stored in {backends.measurements_file()}.")
 
 
-def measure(layer: QuantizedLinear, x: Tensor) -> dict[str, float]:
-    """Milliseconds of every implementation that can run the layer on x's device and gives the right result."""
-    n, k = layer.shape
+def input_of(x: Tensor, before: str) -> Callable[[], Tensor]:
+    """Makes the input (M, K) of a linear as FLUX has it: x, or what comes of x by norm and modulation or by GELU."""
+    if before == "norm":
+        return lambda: Deferred(x, None, x[:1], x[1:2])
+    if before == "gelu":
+        head = 3072 if x.shape[1] == 15360 else 0
+        return lambda: Deferred(x[:, :head], x[:, head:])
+    return lambda: x
+
+
+def measure(layer: QuantizedLinear, before: Callable[[], Tensor]) -> dict[str, float]:
+    """Milliseconds of every implementation that can run the layer on the input's device and gives the right result."""
+    (n, k), x = layer.shape, before()
     size, arch, times = backends.size_class(x.shape[0]), backends.device_arch(x.device), {}
     for implementation in IMPLEMENTATIONS.values():
         if implementation.fmt != layer.fmt.name or implementation.why_not(arch) or not implementation.takes(k, n):
             continue
         if backends.is_right(implementation, x.device, x.dtype, layer.act_unsigned, size):
-            times[implementation.name] = time_of(implementation, layer, x)
+            times[implementation.name] = time_of(implementation, layer, before)
     return {name: ms for name, ms in times.items() if ms is not None}
 
 
-def time_of(implementation: Implementation, layer: QuantizedLinear, x: Tensor) -> float | None:
+def time_of(implementation: Implementation, layer: QuantizedLinear, before: Callable[[], Tensor]) -> float | None:
     """Milliseconds; None, with the reason on the screen, if it cannot run this shape."""
+    x = before()
+    way = next(backends.ways(implementation, x, layer.act_unsigned))
     try:
-        return median_ms(lambda: implementation.run(x, layer), x.is_cuda)
+        return median_ms(lambda: way.run(before() if way.before else plain(before()), layer), x.is_cuda)
     except Exception as error:
         print(f"{implementation.name}: {backends.describe(error)}")
         return None
 
 
-def sixteen_bit(layer: QuantizedLinear, x: Tensor) -> Callable[[], Tensor]:
-    """torch's linear of the same shape in x's dtype."""
-    weight = layer.fmt.unpack(layer.tensors, x.dtype)
-    return lambda: torch.nn.functional.linear(x, weight, layer.bias)
+def sixteen_bit(layer: QuantizedLinear, before: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """torch's linear of the same shape, and what stands before it, in the input's dtype."""
+    weight = layer.fmt.unpack(layer.tensors, before().dtype)
+    return lambda: torch.nn.functional.linear(plain(before()), weight, layer.bias)
 
 
 QUEUED = 20  # calls between two looks at the clock on a GPU: a model queues its linears, and waits for none of them

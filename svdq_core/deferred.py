@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
+GROUP = 64  # columns that have a scale in common, at most: none of these may be of both kinds
 
 
 class Deferred(Tensor):
@@ -128,7 +129,7 @@ def joined(tensors: list[Tensor], dim: int = 0) -> Deferred | None:
         return None
     if dim not in (-1, head.dim() - 1) or after.head.shape[-1] or head.shape[:-1] != after.shape[:-1]:
         return None
-    if (head.dtype, head.device) != (after.dtype, after.device):
+    if (head.dtype, head.device) != (after.dtype, after.device) or head.shape[-1] % GROUP:
         return None
     return Deferred(head, after.tail)
 
@@ -146,8 +147,11 @@ LOCAL = threading.local()
 
 
 def deferring() -> bool:
-    """Whether the code that runs is known to use norms and GELUs before it writes to what they were made of."""
-    return getattr(LOCAL, "on", False)
+    """Whether the code that runs is known to use norms and GELUs before it writes to what they were made of.
+
+    Not where torch.compile traces it, which fuses them itself: a piece of a block, perhaps, between two graph breaks.
+    """
+    return not torch.compiler.is_compiling() and getattr(LOCAL, "on", False)
 
 
 @contextmanager

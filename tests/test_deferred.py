@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from comfyui_svdquant.svdq_core import backends, implementations
+from comfyui_svdquant.svdq_core import backends, benchmark, implementations
 from comfyui_svdquant.svdq_core.deferred import Deferred, deferred, gelu
 from comfyui_svdquant.svdq_core.formats import get_format
 from torch import Tensor
@@ -168,6 +168,21 @@ def test_where_it_fails_the_same_kernels_take_its_value(force, ran, monkeypatch,
     assert "triton-w4a4-after-norm is not used on cpu (RuntimeError: no such instruction)" in message
 
 
+@pytest.mark.parametrize(("name", "computed"), [("triton-w4a4", 0), ("torch", 1)])
+@pytest.mark.parametrize("before", ["norm", "gelu"])
+def test_times_are_taken_with_what_stands_before(force, monkeypatch, name, computed, before):
+    """`svdquant bench`: an implementation that reads it is not charged for it, others are."""
+    force(name)
+    counts, compute = [], Deferred.compute
+    monkeypatch.setattr(Deferred, "compute", lambda self: counts.append(self.before) or compute(self))
+    monkeypatch.setattr(benchmark, "median_ms", lambda run, gpu: counts.clear() or run().shape[0])
+    layer, x = backends.random_layer(get_format("int4"), 5, 256, 128, torch.device("cpu"), torch.bfloat16, 16)
+    implementation = implementations.IMPLEMENTATIONS["int4", name]
+    assert benchmark.time_of(implementation, layer, benchmark.input_of(x, before)) == 5
+    assert counts == [before] * computed
+    assert benchmark.sixteen_bit(layer, benchmark.input_of(x, before))().shape == (5, 128)
+
+
 def test_float32_and_empty_inputs(force):
     force("triton-w4a4")
     layer, _ = backends.random_layer(get_format("int4"), 1, 256, 128, torch.device("cpu"), torch.bfloat16, 16)
@@ -181,7 +196,14 @@ def test_float32_and_empty_inputs(force):
 
 @pytest.fixture(scope="module")
 def bf16_model(host, small_flux_files):
-    return load(small_flux_files["int4"], torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "FORCED", "triton")
+        return load(small_flux_files["int4"], torch.bfloat16)
+
+
+def test_without_a_gpu_the_blocks_are_comfyuis(host, small_flux_files):
+    blocks = load(small_flux_files["int4"], torch.bfloat16).model.diffusion_model.single_blocks
+    assert torch.cuda.is_available() or type(blocks[0]).__module__ == "comfy.ldm.flux.layers"
 
 
 def inputs_of(block) -> tuple:
@@ -245,6 +267,21 @@ def test_nothing_is_deferred_outside_of_blocks(bf16_model, force):
     assert type(block.pre_norm(x)) is Tensor
 
 
+def test_a_forward_of_another_plugin_gets_tensors(bf16_model, force, ran, monkeypatch):
+    from comfy.ldm.flux.layers import SingleStreamBlock
+
+    force("triton-w4a4")
+    block, norms = bf16_model.model.diffusion_model.single_blocks[0], []
+
+    def forward(self, x, vec, pe):
+        norms.append(self.pre_norm(x))
+        return x
+
+    monkeypatch.setattr(SingleStreamBlock, "forward", forward)
+    outputs_of(block)
+    assert [type(norm) for norm in norms] == [Tensor]
+
+
 def test_hooks_and_patches_see_tensors(bf16_model, force, ran):
     force("triton-w4a4")
     block, seen = bf16_model.model.diffusion_model.single_blocks[0], []
@@ -299,3 +336,15 @@ def test_lora_on_the_branch_and_beside(bf16_model, force, ran):
         finally:
             block.linear2.drop_adapters()
         assert torch.equal(block(x.clone(), vec, pe), plain)
+
+
+def test_compiled_in_pieces(bf16_model, force, ran):
+    """On the CPU ComfyUI's attention breaks the graph of a block: its pieces are traced within the block's forward."""
+    force("triton-w4a4")
+    block = bf16_model.model.diffusion_model.single_blocks[0]
+    exact = outputs_of(block)
+    ran.clear()
+    torch.compiler.reset()
+    found = outputs_of(torch.compile(block, backend="eager"))
+    assert [name for name, _ in ran if name != "torch"] == ["triton-w4a4", "triton-w4a4"]
+    assert error_db(found, exact.double()) < -15

@@ -33,7 +33,7 @@ from .common import (
     tile_of,
 )
 from .gemm_w4a4 import check, config, rowwise, scaled_sums
-from .inputs import gelu
+from .inputs import SLOPE, gelu
 from .quantize_act import GELU_SHIFT
 
 TILES = 4  # of 64 columns, for one program; places · M · R2 · 4 bytes, 48 places at FLUX's 12288 columns
@@ -98,7 +98,7 @@ def gemm_w4a4_gelu_kernel(
             64,
         )
         acc = branch_and_bias(acc, hidden_ptr, up_ptr, bias_ptr, rows, columns, R, hidden_stride, up_stride, BLOCK_R)
-        h = gelu(acc.to(dtype).to(tl.float32), PTX).to(dtype)
+        h = gelu(acc.to(dtype).to(tl.float32), SLOPE, PTX).to(dtype)
         if NEXT_BLOCK_R > 0:
             tl.debug_barrier()  # sums of the tile before may come back to other threads than those that stored them
             for start in range(0, next_r, NEXT_BLOCK_R):

@@ -83,39 +83,36 @@ def load_columns(x, rows, ks, K, stride_m, EVEN: tl.constexpr):
 
 
 @triton.jit
-def moments(x, rows, K, stride_m, eps, BEFORE: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
-    """Mean and 1 / sqrt(variance + eps) of rows: two passes, so that a large mean costs no digits."""
+def moments(
+    x, rows, K, stride_m, eps, BEFORE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """Mean and 1 / sqrt(variance + eps) of rows: two passes, so that a large mean costs no digits. BLOCKS at a step."""
     if BEFORE != "norm":
         return 0.0, 0.0
     else:
         block = tl.arange(0, BLOCK_K)
         total = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            total += load_columns(x, rows, k + block, K, stride_m, EVEN).to(tl.float32)
+        for k in range(0, K, BLOCK_K * BLOCKS):
+            for i in tl.static_range(BLOCKS):
+                total += load_columns(x, rows, k + i * BLOCK_K + block, K, stride_m, EVEN).to(tl.float32)
         mean = tl.sum(total, axis=1) / K
         square = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            distance = load_columns(x, rows, k + block, K, stride_m, EVEN).to(tl.float32) - mean[:, None]
-            if not EVEN:
-                distance = tl.where((k + block < K)[None, :], distance, 0.0)
-            square += distance * distance
+        for k in range(0, K, BLOCK_K * BLOCKS):
+            for i in tl.static_range(BLOCKS):
+                ks = k + i * BLOCK_K + block
+                distance = load_columns(x, rows, ks, K, stride_m, EVEN).to(tl.float32) - mean[:, None]
+                if not EVEN:
+                    distance = tl.where((ks < K)[None, :], distance, 0.0)
+                square += distance * distance
         return mean, tl.rsqrt(tl.sum(square, axis=1) / K + eps)
 
 
 @triton.jit
 def load_input(
-    x, tail, mult, shift, rows, part, ks, K, split, stride_m, tail_stride, mean, rstd,
-    BEFORE: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
+    x, mult, shift, rows, part, ks, K, split, stride_m, mean, rstd, BEFORE: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    """The linear's input at (rows, ks) in x's dtype, zero beyond the last column."""
-    dtype: tl.constexpr = x.dtype.element_ty
-    if BEFORE == "gelu":
-        own = (ks < split)[None, :]
-        head = tl.load(x + rows[:, None] * stride_m + ks[None, :], mask=own, other=0.0)
-        rest = (ks >= split)[None, :] if EVEN else ((ks >= split) & (ks < K))[None, :]
-        at = tail + rows[:, None] * tail_stride + (ks - split)[None, :]
-        return tl.where(own, head, gelu(tl.load(at, mask=rest, other=0.0).to(tl.float32), PTX).to(dtype))
-    elif BEFORE == "norm":
+    """The linear's input at (rows, ks) in x's dtype, for the columns before split; zero beyond them."""
+    if BEFORE == "norm":
         wide = load_columns(x, rows, ks, K, stride_m, EVEN).to(tl.float32)
         normed = tl.fma(wide, rstd[:, None], (-mean * rstd)[:, None])
         if EVEN:
@@ -123,15 +120,27 @@ def load_input(
         else:
             by = tl.load(mult + part * K + ks, mask=ks < K, other=0.0)
             plus = tl.load(shift + part * K + ks, mask=ks < K, other=0.0)
-        return tl.fma(normed, by.to(tl.float32)[None, :], plus.to(tl.float32)[None, :]).to(dtype)
+        return tl.fma(normed, by.to(tl.float32)[None, :], plus.to(tl.float32)[None, :]).to(x.dtype.element_ty)
     else:
-        return load_columns(x, rows, ks, K, stride_m, EVEN)
+        return load_columns(x, rows, ks, split, stride_m, EVEN)
 
 
 @triton.jit
-def gelu(x, PTX: tl.constexpr):
+def load_gelu(tail, rows, ks, K, split, tail_stride, EVEN: tl.constexpr, PTX: tl.constexpr):
+    """The same for the columns from split on; zero beyond the last."""
+    tile = load_columns(tail, rows, ks - split, K - split, tail_stride, EVEN)
+    # A number for every row keeps Triton from doing all of this once more in the layout of the product's operand.
+    slope = tl.where(rows >= 0, SLOPE, 0.0)[:, None]
+    return gelu(tile.to(tl.float32), slope, PTX).to(tile.dtype)
+
+
+SLOPE = tl.constexpr(-2.302208198144325)  # -2 √(2/π) / ln 2
+
+
+@triton.jit
+def gelu(x, slope, PTX: tl.constexpr):
     """GELU with tanh of float32: x · sigmoid(2 √(2/π) (x + 0.044715 x³)), as 1 + tanh(u) = 2 sigmoid(2u); base 2."""
-    power = x * tl.fma(x * x, -0.1029432395800235, -2.302208198144325)
+    power = x * tl.fma(x * x, 0.044715 * SLOPE, slope)
     if PTX:
         e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [power], tl.float32, is_pure=True, pack=1)
     else:

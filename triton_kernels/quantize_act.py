@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, expect, group_scales, pack_codes, quotient, round_to_code
-from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_input, moments, rows_of_program
+from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
 
 GELU_SHIFT = tl.constexpr(0.171875)
+WIDER = tl.constexpr(4)  # blocks at once, where nothing but mean and variance is made of them
 
 
 @triton.jit(do_not_specialize=["rows_per_mod"])
@@ -58,47 +59,74 @@ def quantize_act_kernel(
     columns fit."""
     rows, inside, part = rows_of_program(M, rows_per_mod, BEFORE, BLOCK_M)
     row_mask = inside[:, None]
-    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, EVEN)
-    if BLOCK_R > 0:
-        ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-        hidden = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for start in range(0, K, BLOCK_K):
+    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, WIDER, EVEN)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R if BLOCK_R > 0 else 1)
+    hidden = tl.zeros([BLOCK_M, BLOCK_R if BLOCK_R > 0 else 1], tl.float32)
+    for start in range(0, split, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        tile = load_input(
-            x, tail, mult, shift, rows, part, k, K, split, stride_m, tail_stride, mean, rstd, BEFORE, EVEN, PTX
+        tile = load_input(x, mult, shift, rows, part, k, K, split, stride_m, mean, rstd, BEFORE, EVEN)
+        hidden = project(tile, down_ptr, k, split, ranks, R, down_stride_k, down_stride_r, hidden, BLOCK_R, EVEN)
+        store_codes(
+            tile, smooth_ptr, codes_ptr, scales_ptr, rows, row_mask, start, split, M, K,
+            UNSIGNED, EVEN, BLOCK_M, BLOCK_K, PTX,
         )  # fmt: skip
-        if BLOCK_R > 0:
-            down_mask = (k < K)[:, None] & (ranks < R)[None, :]
-            down_at = down_ptr + k[:, None].to(tl.int64) * down_stride_k + ranks[None, :] * down_stride_r
-            if EVEN:
-                down = tl.load(down_at)
-            else:
-                down = tl.load(down_at, mask=down_mask, other=0.0)
-            hidden = tl.dot(tile, down.to(tile.dtype), hidden, input_precision="ieee")
-        if tl.program_id(1) == 0:
-            if EVEN:
-                smooth = tl.load(smooth_ptr + k).to(tl.float32)
-            else:
-                smooth = tl.load(smooth_ptr + k, mask=k < K, other=1.0).to(tl.float32)
-            wide = tile.to(tl.float32)
-            if UNSIGNED:
-                wide += GELU_SHIFT
-            smoothed = quotient(wide, smooth[None, :], smooth_ptr.dtype.element_ty == tl.float32, PTX)
-            groups = tl.reshape(smoothed, [BLOCK_M, BLOCK_K // 64, 64])
-            scales = group_scales(groups, UNSIGNED, scales_ptr.dtype.element_ty)
-            scaled = quotient(groups, scales[:, :, None], scales_ptr.dtype.element_ty == tl.float32, PTX)
-            codes = round_to_code(scaled, UNSIGNED)
-            group = start // 64 + tl.arange(0, BLOCK_K // 64)
-            scales_at = scales_ptr + group[None, :].to(tl.int64) * M + rows[:, None]
-            scales_mask = row_mask & (group < K // 64)[None, :]
-            tl.store(scales_at, scales.to(scales_ptr.dtype.element_ty), mask=scales_mask)
-            byte = start // 2 + tl.arange(0, BLOCK_K // 2)
-            codes_at = codes_ptr + rows[:, None] * (K // 2) + byte[None, :]
-            codes_mask = row_mask & (byte < K // 2)[None, :]
-            tl.store(codes_at, pack_codes(codes, BLOCK_M, BLOCK_K), mask=codes_mask)
+    if BEFORE == "gelu":
+        for start in range(split, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            tile = load_gelu(tail, rows, k, K, split, tail_stride, EVEN, PTX)
+            hidden = project(tile, down_ptr, k, K, ranks, R, down_stride_k, down_stride_r, hidden, BLOCK_R, EVEN)
+            store_codes(
+                tile, smooth_ptr, codes_ptr, scales_ptr, rows, row_mask, start, K, M, K,
+                UNSIGNED, EVEN, BLOCK_M, BLOCK_K, PTX,
+            )  # fmt: skip
     if BLOCK_R > 0:
         hidden_at = hidden_ptr + rows[:, None] * R + ranks[None, :]
         tl.store(hidden_at, hidden.to(hidden_ptr.dtype.element_ty), mask=row_mask & (ranks < R)[None, :])
+
+
+@triton.jit
+def project(
+    tile, down_ptr, k, end, ranks, R, stride_k, stride_r, hidden, BLOCK_R: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """``hidden + tile proj_down[k, ranks]``."""
+    if BLOCK_R > 0:
+        down_at = down_ptr + k[:, None].to(tl.int64) * stride_k + ranks[None, :] * stride_r
+        if EVEN:
+            down = tl.load(down_at)
+        else:
+            down = tl.load(down_at, mask=(k < end)[:, None] & (ranks < R)[None, :], other=0.0)
+        hidden = tl.dot(tile, down.to(tile.dtype), hidden, input_precision="ieee")
+    return hidden
+
+
+@triton.jit
+def store_codes(
+    tile, smooth_ptr, codes_ptr, scales_ptr, rows, row_mask, start, end, M, K,
+    UNSIGNED: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of the columns from ``start``, before ``end``; a program with other ranks leaves them out."""
+    if tl.program_id(1) == 0:
+        k = start + tl.arange(0, BLOCK_K)
+        if EVEN:
+            smooth = tl.load(smooth_ptr + k).to(tl.float32)
+        else:
+            smooth = tl.load(smooth_ptr + k, mask=k < end, other=1.0).to(tl.float32)
+        wide = tile.to(tl.float32)
+        if UNSIGNED:
+            wide += GELU_SHIFT
+        smoothed = quotient(wide, smooth[None, :], smooth_ptr.dtype.element_ty == tl.float32, PTX)
+        groups = tl.reshape(smoothed, [BLOCK_M, BLOCK_K // 64, 64])
+        scales = group_scales(groups, UNSIGNED, scales_ptr.dtype.element_ty)
+        scaled = quotient(groups, scales[:, :, None], scales_ptr.dtype.element_ty == tl.float32, PTX)
+        codes = round_to_code(scaled, UNSIGNED)
+        group = start // 64 + tl.arange(0, BLOCK_K // 64)
+        scales_at = scales_ptr + group[None, :].to(tl.int64) * M + rows[:, None]
+        scales_mask = row_mask & (group < end // 64)[None, :]
+        tl.store(scales_at, scales.to(scales_ptr.dtype.element_ty), mask=scales_mask)
+        byte = start // 2 + tl.arange(0, BLOCK_K // 2)
+        codes_at = codes_ptr + rows[:, None] * (K // 2) + byte[None, :]
+        codes_mask = row_mask & (byte < end // 2)[None, :]
+        tl.store(codes_at, pack_codes(codes, BLOCK_M, BLOCK_K), mask=codes_mask)
 
 
 def config(arch: str, rank: int, dtype: torch.dtype, plain: bool) -> dict[str, int]:
@@ -120,7 +148,7 @@ def config(arch: str, rank: int, dtype: torch.dtype, plain: bool) -> dict[str, i
 def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor, *before: Tensor | None) -> int:
     """K."""
     op, k = "quantize_act", columns("quantize_act", x, *before)
-    if k % 64:
+    if k % 64 or x.shape[1] % 64:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (M, K) with K a multiple of 64.")
     expect(op, "x", x, tuple(x.shape), FLOATS, x.device)
     expect(op, "smooth_factor", smooth_factor, (k,), FLOATS, x.device)
@@ -147,7 +175,8 @@ def quantize_act(
         return codes, scales, hidden
     given, parts = arguments(x, tail, mult, shift, eps)
     conf = config(arch(x.device), rank, x.dtype, given["BEFORE"] == "")
-    even = k % conf["BLOCK_K"] == 0 and rank > 0 and rank % conf["BLOCK_R"] == 0
+    width = conf["BLOCK_K"] * (WIDER.value if given["BEFORE"] == "norm" else 1)
+    even = k % width == x.shape[1] % width == 0 and rank > 0 and rank % conf["BLOCK_R"] == 0
     blocks = parts * triton.cdiv(m // parts, conf["BLOCK_M"])
     with torch.cuda.device_of(x):
         quantize_act_kernel[(blocks, triton.cdiv(rank, conf["BLOCK_R"]) if rank else 1)](

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, expect
-from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_input, moments, rows_of_program
+from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
 from .quantize_token import GELU_SHIFT, block_r, project, smoothed
 from .rounding import divide, magnitude_bits, reciprocal, round_half_even
 
@@ -70,36 +70,49 @@ def quantize_nvfp4_kernel(
     rows, inside, part = rows_of_program(M, rows_per_mod, BEFORE, BLOCK_M)
     inside = inside[:, None]
     rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, EVEN)
+    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, 1, EVEN)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        ks = k + tl.arange(0, BLOCK_K)
-        tile = load_input(
-            x, tail, mult, shift, rows, part, ks, K, split, stride_m, tail_stride, mean, rstd, BEFORE, EVEN, PTX
-        )  # fmt: skip
-        acc = project(tile, down, ks, K, rs, R, acc, EVEN)
-        if tl.program_id(1) == 0:
-            groups = smoothed(tile, smooth, ks, K, SHIFT, EVEN, PTX).reshape(BLOCK_M, BLOCK_K // 16, 16)
-            absmax = tl.max(magnitude_bits(groups), axis=2).to(tl.float32, bitcast=True)
-            scale = encode_e4m3(tl.minimum(tl.div_rn(absmax, 6.0), 448.0, propagate_nan=tl.PropagateNan.ALL))
-            scale = tl.where(scale == 0, 0x38, scale)
-            high, low = reciprocal(decode_e4m3(scale), PTX)
-            code = encode_e2m1(divide(groups, high[:, :, None], low[:, :, None]))
-            even, odd = tl.split(code.reshape(BLOCK_M, BLOCK_K // 2, 2))
-            at = k // 2 + tl.arange(0, BLOCK_K // 2)
-            pointers = codes + rows[:, None] * (K // 2) + at[None, :]
-            tl.store(pointers, (even | (odd << 4)).to(tl.uint8), inside & (at < K // 2)[None, :])
-            at = k // 16 + tl.arange(0, BLOCK_K // 16)
-            pointers = scales + rows[:, None] * (K // 16) + at[None, :]
-            tl.store(pointers, scale.to(tl.uint8), inside & (at < K // 16)[None, :])
+    block = tl.arange(0, BLOCK_K)
+    for k in range(0, split, BLOCK_K):
+        tile = load_input(x, mult, shift, rows, part, k + block, K, split, stride_m, mean, rstd, BEFORE, EVEN)
+        acc = project(tile, down, k + block, split, rs, R, acc, EVEN)
+        store_codes(tile, smooth, codes, scales, rows, inside, k, split, K, SHIFT, BLOCK_M, BLOCK_K, EVEN, PTX)
+    if BEFORE == "gelu":
+        for k in range(split, K, BLOCK_K):
+            tile = load_gelu(tail, rows, k + block, K, split, tail_stride, EVEN, PTX)
+            acc = project(tile, down, k + block, K, rs, R, acc, EVEN)
+            store_codes(tile, smooth, codes, scales, rows, inside, k, K, K, SHIFT, BLOCK_M, BLOCK_K, EVEN, PTX)
     pointers = hidden + rows[:, None] * R + rs[None, :]
     tl.store(pointers, acc.to(hidden.dtype.element_ty), inside & (rs < R)[None, :])
+
+
+@triton.jit
+def store_codes(
+    tile, smooth, codes, scales, rows, inside, k, end, K,
+    SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of the columns from ``k``, before ``end``; a program with other ranks leaves them out."""
+    if tl.program_id(1) == 0:
+        ks = k + tl.arange(0, BLOCK_K)
+        groups = smoothed(tile, smooth, ks, end, SHIFT, EVEN, PTX).reshape(BLOCK_M, BLOCK_K // 16, 16)
+        absmax = tl.max(magnitude_bits(groups), axis=2).to(tl.float32, bitcast=True)
+        scale = encode_e4m3(tl.minimum(tl.div_rn(absmax, 6.0), 448.0, propagate_nan=tl.PropagateNan.ALL))
+        scale = tl.where(scale == 0, 0x38, scale)
+        high, low = reciprocal(decode_e4m3(scale), PTX)
+        code = encode_e2m1(divide(groups, high[:, :, None], low[:, :, None]))
+        even, odd = tl.split(code.reshape(BLOCK_M, BLOCK_K // 2, 2))
+        at = k // 2 + tl.arange(0, BLOCK_K // 2)
+        pointers = codes + rows[:, None] * (K // 2) + at[None, :]
+        tl.store(pointers, (even | (odd << 4)).to(tl.uint8), inside & (at < end // 2)[None, :])
+        at = k // 16 + tl.arange(0, BLOCK_K // 16)
+        pointers = scales + rows[:, None] * (K // 16) + at[None, :]
+        tl.store(pointers, scale.to(tl.uint8), inside & (at < end // 16)[None, :])
 
 
 def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor, *before: Tensor | None) -> int:
     """K."""
     op, k = "quantize_nvfp4", columns("quantize_nvfp4", x, *before)
-    if k % 16:
+    if k % 16 or x.shape[1] % 16:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (M, K) with K a multiple of 16.")
     expect(op, "x", x, tuple(x.shape), FLOAT16S, x.device)
     expect(op, "smooth_factor", smooth_factor, (k,), FLOATS, x.device)
@@ -126,7 +139,7 @@ def quantize_nvfp4(
         return codes, scales, hidden
     given, parts = arguments(x, tail, mult, shift, eps)
     tiles, width = config(arch(x.device)), block_r(rank)
-    even = k % tiles["BLOCK_K"] == 0 and rank > 0 and rank % width == 0
+    even = k % tiles["BLOCK_K"] == x.shape[1] % tiles["BLOCK_K"] == 0 and rank > 0 and rank % width == 0
     with torch.cuda.device_of(x):
         quantize_nvfp4_kernel[(parts * triton.cdiv(m // parts, tiles["BLOCK_M"]), max(1, triton.cdiv(rank, width)))](
             **given, smooth=smooth_factor.contiguous(), down=proj_down.contiguous(),

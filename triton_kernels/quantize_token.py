@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, expect, quotient
-from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_input, moments, rows_of_program
+from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
 from .rounding import divide, expect_e4m3, has_e4m3, magnitude_bits, reciprocal, round_half_even, safe_scale
 
 FLOAT16S = (torch.bfloat16, torch.float16)
@@ -80,19 +80,19 @@ def quantize_token_kernel(
     rows, inside, part = rows_of_program(M, rows_per_mod, BEFORE, BLOCK_M)
     block = tl.arange(0, BLOCK_K)
     rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, EVEN)
+    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, 1, EVEN)
 
     top = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        ks = k + block
-        tile = load_input(
-            x, tail, mult, shift, rows, part, ks, K, split, stride_m, tail_stride, mean, rstd, BEFORE, EVEN, PTX
-        )  # fmt: skip
-        if tl.program_id(1) == 0:
-            size = tl.abs(smoothed(tile, smooth, ks, K, SHIFT, EVEN, PTX))
-            top = tl.maximum(top, size, propagate_nan=tl.PropagateNan.ALL)
-        acc = project(tile, down, ks, K, rs, R, acc, EVEN)
+    for k in range(0, split, BLOCK_K):
+        tile = load_input(x, mult, shift, rows, part, k + block, K, split, stride_m, mean, rstd, BEFORE, EVEN)
+        top = largest(tile, smooth, k + block, split, top, SHIFT, EVEN, PTX)
+        acc = project(tile, down, k + block, split, rs, R, acc, EVEN)
+    if BEFORE == "gelu":
+        for k in range(split, K, BLOCK_K):
+            tile = load_gelu(tail, rows, k + block, K, split, tail_stride, EVEN, PTX)
+            top = largest(tile, smooth, k + block, K, top, SHIFT, EVEN, PTX)
+            acc = project(tile, down, k + block, K, rs, R, acc, EVEN)
     pointers = hidden + rows[:, None] * R + rs[None, :]
     tl.store(pointers, acc.to(x.dtype.element_ty), mask=inside[:, None] & (rs < R)[None, :])
     if tl.program_id(1) > 0:
@@ -109,26 +109,48 @@ def quantize_token_kernel(
         high = tl.div_rn(1.0, scale)  # no format defines this one: a product is enough
 
     WIDE: tl.constexpr = 2 * BLOCK_K  # without the product's tiles there are registers for more rows a thread
-    for back in range(0, K, WIDE):
-        ks = (K - 1) // WIDE * WIDE - back + tl.arange(0, WIDE)
-        tile = load_input(
-            x, tail, mult, shift, rows, part, ks, K, split, stride_m, tail_stride, mean, rstd, BEFORE, EVEN, PTX
-        )  # fmt: skip
-        v = smoothed(tile, smooth, ks, K, SHIFT, EVEN, PTX)
-        q = v * high[:, None] if KIND == "fp8" else divide(v, high[:, None], low[:, None])
-        code = encode(q, KIND)
-        tl.store(codes + rows[:, None] * K + ks[None, :], code, mask=inside[:, None] & (ks < K)[None, :])
+    wide = tl.arange(0, WIDE)
+    if BEFORE == "gelu":
+        for back in range(0, K - split, WIDE):
+            ks = split + (K - split - 1) // WIDE * WIDE - back + wide
+            tile = load_gelu(tail, rows, ks, K, split, tail_stride, EVEN, PTX)
+            v = smoothed(tile, smooth, ks, K, SHIFT, EVEN, PTX)
+            tl.store(
+                codes + rows[:, None] * K + ks[None, :],
+                encode(v, high, low, KIND),
+                mask=inside[:, None] & (ks < K)[None, :],
+            )
+    for back in range(0, split, WIDE):
+        ks = (split - 1) // WIDE * WIDE - back + wide
+        tile = load_input(x, mult, shift, rows, part, ks, K, split, stride_m, mean, rstd, BEFORE, EVEN)
+        v = smoothed(tile, smooth, ks, split, SHIFT, EVEN, PTX)
+        tl.store(
+            codes + rows[:, None] * K + ks[None, :],
+            encode(v, high, low, KIND),
+            mask=inside[:, None] & (ks < split)[None, :],
+        )
 
 
 @triton.jit
-def encode(v, KIND: tl.constexpr):
-    """``v / scale`` to its code; a scale that was rounded down is caught by the clamp."""
+def largest(tile, smooth, ks, end, top, SHIFT: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr):
+    """The larger one of ``top`` and the smoothed magnitudes; NaN stays. Only the programs that quantize need it."""
+    if tl.program_id(1) == 0:
+        size = tl.abs(smoothed(tile, smooth, ks, end, SHIFT, EVEN, PTX))
+        top = tl.maximum(top, size, propagate_nan=tl.PropagateNan.ALL)
+    return top
+
+
+@triton.jit
+def encode(v, high, low, KIND: tl.constexpr):
+    """Codes of v, divided by the scale whose reciprocal is given; the clamp catches a scale that was rounded down."""
     if KIND == "fp8":
-        return tl.clamp(v, -448.0, 448.0).to(tl.float8e4nv)
-    elif KIND == "uint8":
-        return (round_half_even(tl.clamp(v, 0.0, 255.0)) - 128).to(tl.int8)
+        return tl.clamp(v * high[:, None], -448.0, 448.0).to(tl.float8e4nv)
     else:
-        return round_half_even(tl.clamp(v, -127.0, 127.0)).to(tl.int8)
+        q = divide(v, high[:, None], low[:, None])
+        if KIND == "uint8":
+            return (round_half_even(tl.clamp(q, 0.0, 255.0)) - 128).to(tl.int8)
+        else:
+            return round_half_even(tl.clamp(q, -127.0, 127.0)).to(tl.int8)
 
 
 def check(
@@ -170,7 +192,8 @@ def quantize_token(
         return outputs
     given, parts = arguments(x, tail, mult, shift, eps)
     tiles, widest = config(arch(x.device)), block_r(rank)
-    even = k % (2 * tiles["BLOCK_K"]) == 0 and rank > 0 and rank % widest == 0  # the second pass takes two blocks
+    wide = 2 * tiles["BLOCK_K"]  # the second pass takes two blocks
+    even = k % wide == x.shape[1] % wide == 0 and rank > 0 and rank % widest == 0
     blocks = parts * triton.cdiv(m // parts, tiles["BLOCK_M"])
     with torch.cuda.device_of(x):
         quantize_token_kernel[(blocks, triton.cdiv(rank, widest) if rank else 1)](

@@ -28,8 +28,8 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         children: Any = self
-        first, gelu, second = children
-        if not (backends.may_fuse(x) and alone(first, x) and alone(second, x) and unhooked(gelu)):
+        first, between, second = children
+        if not (backends.may_fuse(x) and alone(first, x) and alone(second, x) and unhooked(between)):
             return super().forward(x)
         run_every_op()
         activations = first.weight._params.activations
@@ -47,7 +47,7 @@ class DoubleStreamBlock(flux.DoubleStreamBlock):
     """ComfyUI's own: it uses every norm and GELU at once, so they may be deferred while it runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler fuses them itself
+        if torch.compiler.is_compiling() or not is_comfyuis(flux.DoubleStreamBlock):  # a compiler fuses them itself
             return super().forward(*args, **kwargs)
         with deferred():
             return super().forward(*args, **kwargs)
@@ -57,10 +57,16 @@ class SingleStreamBlock(flux.SingleStreamBlock):
     """The same."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not is_comfyuis(flux.SingleStreamBlock):
             return super().forward(*args, **kwargs)
         with deferred():
             return super().forward(*args, **kwargs)
+
+
+def is_comfyuis(block: type[nn.Module]) -> bool:
+    """Whether no other plugin has replaced its forward: that one may keep a norm and change what it was made of."""
+    code = getattr(block.forward, "__code__", None)
+    return code is not None and code.co_filename == flux.MLPEmbedder.__init__.__code__.co_filename
 
 
 BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
@@ -77,7 +83,7 @@ def fuse(model: nn.Module) -> None:
             if isinstance(first, Linear) and isinstance(second, Linear) and is_gelu(between):
                 module.__class__ = MLP
         block = BLOCKS.get(type(module))
-        if block is not None:
+        if block is not None and backends.on_gpu():
             module.__class__ = block
             for child in module.modules():
                 if is_gelu(child):
