@@ -5,8 +5,9 @@
 The models are ComfyUI's own class with 19 double and 38 single blocks of width 3072 (12 billion weights; the pooled
 text is as wide as the context, 4096, which is nothing beside them), sampled by ComfyUI's KSampler with euler and
 without CFG; 512 text tokens. A step is the difference between a long and a short run, so that loading and set-up do
-not count. 4 bit is INT4 with rank 32 and W4A16 modulation, once for each setting of the loader's `activations`. The
-LoRAs are of rank 16 on every linear of the blocks. Needs about 40 GB of RAM and 7 GB of disk.
+not count. 4 bit is INT4 with rank 32 and W4A16 modulation, once for each setting of the loader's `activations`, and
+once with torch's norms and GELUs between the linears. The LoRAs are of rank 16 on every linear of the blocks. Needs
+about 40 GB of RAM and 7 GB of disk.
 `--small` is a tiny model, for trying the script without a GPU: its figures mean nothing.
 """
 
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,8 @@ def lora(sd: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def models(sd: dict[str, Tensor], folder: Path) -> Iterator[tuple[str, Any]]:
-    """The 16-bit model, then the 4-bit one with each kind of activations; one at a time in memory."""
+    """The 16-bit model, then the 4-bit one with each kind of activations, and without what is deferred to the
+    quantizers (docs/kernels.md); one at a time in memory."""
     import comfy.sd
     from comfyui_svdquant.svdq_core.host.load import load_svdquant
 
@@ -82,6 +85,10 @@ def models(sd: dict[str, Tensor], folder: Path) -> Iterator[tuple[str, Any]]:
     path = small_flux.write(folder / "4bit.safetensors", sd, quantized(sd))
     for activations in ACTIVATIONS:
         yield f"int4, activations {activations}", load_svdquant(path, torch.bfloat16, activations)
+    on_gpu, gelu = backends.on_gpu, backends.gelu
+    backends.on_gpu, backends.gelu = lambda: False, partial(torch.nn.functional.gelu, approximate="tanh")
+    yield "int4, auto, none deferred", load_svdquant(path, torch.bfloat16)  # in ComfyUI's own blocks
+    backends.on_gpu, backends.gelu = on_gpu, gelu
 
 
 def measure(model: Any, size: int, steps: int, context: int) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 On the CPU and in float32 that is plain torch (:func:`.linear.linear_forward`), traced by torch.compile like any torch
 code. In bf16 and fp16 on a GPU every linear is one opaque op, ``svdquant::linear``, and the choice is
-made in it: no graph break, and nothing of it is traced.
+made in it: no graph break, and nothing of it is traced. (Deferred inputs, which no compiler sees, go past the op.)
 
 The environment variable SVDQUANT_BACKEND takes a library (``torch``, ``triton``, ``kitchen``) or a name out of
 :data:`.implementations.IMPLEMENTATIONS`, or the beginning of one up to a dash, in place of the choice.
@@ -330,7 +330,7 @@ def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
             if rejected(key):
                 continue
             try:
-                return run(way, x if way.before else plain(x), layer)
+                return run(way, x, layer)
             except Exception as error:
                 if way.library == "torch":
                     raise
@@ -356,7 +356,7 @@ def run(implementation: Implementation, x: Tensor, *layers: QuantizedLinear) -> 
     if implementation.library != "torch":
         LAST_USED[x.device] = implementation.name
     try:
-        return implementation.run(x, *layers)
+        return implementation.run(x if implementation.before else plain(x), *layers)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -407,8 +407,9 @@ def reject(key: tuple[Any, ...], failure: Exception | str, where: str = "") -> N
     REJECTED[key] = failure if isinstance(failure, str) else describe(failure)
     implementation, device = key[:2]
     logging.warning(
-        "SVDQuant: %s is not used on %s%s (%s). The next in order is used.",
+        "SVDQuant: %s is not used on %s%s (%s). %s.",
         implementation.name, device_name(device), where, REJECTED[key],
+        "It goes on without what comes before its input" if implementation.before else "The next in order is used",
     )  # fmt: skip
 
 
@@ -475,7 +476,7 @@ def in_front(x: Tensor, before: str) -> tuple[Deferred, Tensor]:
     """An input (M, K) with something in front that is made of x, and what it stands for, rounded once."""
     k = x.shape[1]
     if before == "gelu":
-        split = k // 4  # of the blocks of columns that kernels take
+        split = k // 2  # whole blocks of columns on both sides, as in FLUX
         value = torch.nn.functional.gelu(x[:, split:].float(), approximate="tanh").to(x.dtype)
         return Deferred(x[:, :split], x[:, split:]), torch.cat([x[:, :split], value], 1)
     mult, shift = x[:1] + 1, x[-1:].clone()
@@ -589,7 +590,7 @@ def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activati
             if rejected(key) or not is_right(*key[:3], second.act_unsigned, size_class(x.shape[0])):
                 continue
             try:
-                return run(way, x if way.before else plain(x), first, second)
+                return run(way, x, first, second)
             except Exception as error:
                 reject(key, error, f" for {first.shape[1]}, {first.shape[0]} and {second.shape[0]} features")
     return run_linear(gelu(run_linear(x, first, activations)), second, activations)

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from comfyui_svdquant.svdq_core.packing import unpack_int4, unpack_uint4
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -54,11 +55,16 @@ def check(op: str, x: Tensor, y: Tensor, before: dict[str, Tensor], rest: tuple[
         moved["tail"] = torch.cat([moved["tail"][:, :16], moved["tail"]], 1)[:, 16:]
     found = [t.cpu().double() for t in quantize(x.to(on), smooth, down, *rest, **moved)]
     wanted = [t.cpu().double() for t in quantize(y.to(on), smooth, down, *rest)]
-    m, scales = y.shape[0], found[1].reshape(y.shape[0], -1)
-    same = scales == wanted[1].reshape(m, -1)
-    codes = [each[0].reshape(*scales.shape, -1)[same] for each in (found, wanted)]  # another scale, other codes
-    for name, each, other in (("scales", found[1], wanted[1]), ("codes", *codes), ("hidden", found[2], wanted[2])):
+    for name, each, other in zip(("codes", "scales", "hidden"), found, wanted):
         assert each.shape == other.shape and each.isfinite().all(), name
+    m, scales = y.shape[0], found[1].reshape(y.shape[0], -1)
+    (values, step), (others, _) = (decoded(op, rest, each[0], each[1].reshape(m, -1)) for each in (found, wanted))
+    assert ((values - others).abs() <= 1.13 * step).all()  # a code next to the other at most; 1.13: another e4m3 scale
+    same = (scales == wanted[1].reshape(m, -1)).repeat_interleave(k // scales.shape[1], 1)
+    for name, each, other in (
+        ("values", values[same], others[same]),
+        *zip(("scales", "hidden"), found[1:], wanted[1:]),
+    ):
         differing = int((each != other).sum())
         assert differing <= 2 + 0.02 * each.numel() or x.dtype == torch.float32, (name, differing, each.numel())
     eps = torch.finfo(x.dtype).eps
@@ -66,3 +72,20 @@ def check(op: str, x: Tensor, y: Tensor, before: dict[str, Tensor], rest: tuple[
     assert ((found[1] - wanted[1]).abs() <= step * wanted[1]).all()
     room = (4 * eps * y.double().abs() + 1e-5) @ down.cpu().double().abs()
     assert ((found[2] - wanted[2]).abs() <= room).all()
+
+
+def decoded(op: str, rest: tuple[Any, ...], codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """What float64 codes and scales (M, S) stand for, and how far the next code is, both (M, K)."""
+    if op == "quantize_act":
+        numbers = (unpack_uint4 if rest[0] else unpack_int4)(codes.to(torch.int8)).double()
+        steps = torch.ones_like(numbers)
+    elif op == "quantize_nvfp4":
+        nibbles = unpack_uint4(codes.to(torch.uint8).view(torch.int8)).long()
+        sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+        numbers = sizes[nibbles & 7] * torch.where(nibbles >= 8, -1.0, 1.0)
+        steps = torch.full_like(numbers, 2.0)
+    else:
+        numbers = codes + (128 if rest[1] == "uint8" else 0)
+        steps = (numbers.abs() / 8).clamp(min=2.0**-9) if rest[1] == "fp8" else torch.ones_like(numbers)
+    wide = scales.repeat_interleave(numbers.shape[1] // scales.shape[1], 1)
+    return numbers * wide, steps * wide

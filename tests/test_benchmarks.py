@@ -34,7 +34,7 @@ def test_model(comfy_path: Path, tmp_path: Path):
     done = run("benchmark_model.py", *arguments)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "model.json").read_text())["rows"]
-    names = ["bf16", *(f"int4, activations {a}" for a in ("auto", "4 bit", "8 bit"))]
+    names = ["bf16", *(f"int4, activations {a}" for a in ("auto", "4 bit", "8 bit")), "int4, auto, none deferred"]
     assert [(row["model"], row["loras"]) for row in rows] == [(name, loras) for name in names for loras in (0, 1)]
     assert rows[0]["weights_gib"] > 1.5 * rows[2]["weights_gib"]
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from comfyui_svdquant.svdq_core import backends, benchmark, implementations
-from comfyui_svdquant.svdq_core.deferred import Deferred, deferred, gelu
+from comfyui_svdquant.svdq_core.deferred import Deferred, deferred, gelu, plain
 from comfyui_svdquant.svdq_core.formats import get_format
 from torch import Tensor
 
@@ -41,7 +41,6 @@ def ran(monkeypatch):
     calls, run = [], backends.run
 
     def counted(implementation, x, *layers):
-        assert isinstance(x, Deferred) == bool(implementation.before)
         calls.append((implementation.name, tuple(x.shape)))
         return run(implementation, x, *layers)
 
@@ -166,6 +165,7 @@ def test_where_it_fails_the_same_kernels_take_its_value(force, ran, monkeypatch,
     assert ran[-1][0] == "triton-w4a4"
     (message,) = [r.getMessage() for r in caplog.records]
     assert "triton-w4a4-after-norm is not used on cpu (RuntimeError: no such instruction)" in message
+    assert message.endswith("It goes on without what comes before its input.")
 
 
 @pytest.mark.parametrize(("name", "computed"), [("triton-w4a4", 0), ("torch", 1)])
@@ -181,6 +181,14 @@ def test_times_are_taken_with_what_stands_before(force, monkeypatch, name, compu
     assert benchmark.time_of(implementation, layer, benchmark.input_of(x, before)) == 5
     assert counts == [before] * computed
     assert benchmark.sixteen_bit(layer, benchmark.input_of(x, before))().shape == (5, 128)
+
+
+def test_inputs_of_the_bench():
+    """Every row that `svdquant bench` times on a GPU has an input of its shape."""
+    for fmt, m, k, n in [*benchmark.rows(True, None, "int4"), *benchmark.rows(True, 1, "int4")]:
+        before = benchmark.BEFORE.get((k, n), "") if fmt != "awq" else ""
+        x = benchmark.input_of(torch.zeros(m, k, device="meta"), before)()
+        assert isinstance(x, Deferred) == bool(before) and x.shape == plain(x).shape == (m, k)
 
 
 def test_float32_and_empty_inputs(force):
@@ -282,25 +290,24 @@ def test_a_forward_of_another_plugin_gets_tensors(bf16_model, force, ran, monkey
     assert [type(norm) for norm in norms] == [Tensor]
 
 
-def test_hooks_and_patches_see_tensors(bf16_model, force, ran):
+def test_hooks_get_tensors(bf16_model, force, ran):
+    """Even those that keep one while the block writes to what it was made of."""
     force("triton-w4a4")
-    block, seen = bf16_model.model.diffusion_model.single_blocks[0], []
-    x, vec, pe = inputs_of(block)
-    with torch.no_grad():
-        plain = block(x.clone(), vec, pe)
-        handles = [
-            block.mlp_act.register_forward_hook(lambda module, args, out: seen.append(out.float().mean())),
-            block.linear1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
-        ]
-        changed = block(x.clone(), vec, pe)
-        for handle in handles:
-            handle.remove()
-        assert len(seen) == 1 and not torch.equal(changed, plain)
-        block.forward = type(block).__mro__[1].forward.__get__(block)  # as nodes replace it: then nothing is deferred
-        ran.clear()
-        assert error_db(block(x.clone(), vec, pe), plain.double()) < -15
-        del block.forward
+    block, kept = bf16_model.model.diffusion_model.single_blocks[0], []
+    plain = outputs_of(block)
+    ran.clear()
+    handle = block.pre_norm.register_forward_hook(lambda module, args, out: kept.append((out, args[0].clone())))
+    found = outputs_of(block)
+    handle.remove()
+    (norm, x), *_ = kept
+    assert type(norm) is Tensor and torch.equal(norm, F.layer_norm(x, (256,), eps=1e-6))
     assert [name for name, _ in ran if name != "torch"] == ["triton-w4a4", "triton-w4a4"]
+    assert error_db(found, plain.double()) < -15
+    block.forward = type(block).__mro__[1].forward.__get__(block)  # as nodes replace it: nothing is deferred
+    ran.clear()
+    assert torch.equal(outputs_of(block), found)
+    del block.forward
+    assert not any("-after-" in name for name, _ in ran)
 
 
 def test_modulation_of_parts_of_the_tokens(bf16_model, force):

@@ -45,11 +45,10 @@ def arguments(
     x = x if x.stride(1) == 1 else x.contiguous()
     if tail is not None:
         tail = tail if tail.stride(1) == 1 else tail.contiguous()
-        if x.shape[1] == 0:
-            x = tail.new_empty(x.shape)  # a pointer that is aligned
     parts = 1 if mult is None else mult.shape[0]
+    read = x if x.shape[1] or tail is None else tail  # none of x is; its address and stride would make another kernel
     given: dict[str, object] = {
-        "x": x, "stride_m": x.stride(0), "tail": tail, "split": x.shape[1],
+        "x": read, "stride_m": read.stride(0), "tail": tail, "split": x.shape[1],
         "tail_stride": 0 if tail is None else tail.stride(0),
         "mult": None if mult is None else mult.contiguous(), "shift": None if shift is None else shift.contiguous(),
         "rows_per_mod": x.shape[0] // parts, "eps": eps,
@@ -86,7 +85,8 @@ def load_columns(x, rows, ks, K, stride_m, EVEN: tl.constexpr):
 def moments(
     x, rows, K, stride_m, eps, BEFORE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    """Mean and 1 / sqrt(variance + eps) of rows: two passes, so that a large mean costs no digits. BLOCKS at a step."""
+    """Mean and 1 / sqrt(variance + eps) of rows, BLOCKS at a step; two passes, so that a large mean does not cost the
+    variance its digits."""
     if BEFORE != "norm":
         return 0.0, 0.0
     else:

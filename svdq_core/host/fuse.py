@@ -47,8 +47,8 @@ class DoubleStreamBlock(flux.DoubleStreamBlock):
     """ComfyUI's own: it uses every norm and GELU at once, so they may be deferred while it runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not is_comfyuis(flux.DoubleStreamBlock):  # a compiler fuses them itself
-            return super().forward(*args, **kwargs)
+        if torch.compiler.is_compiling() or not uses_at_once(self, flux.DoubleStreamBlock):
+            return super().forward(*args, **kwargs)  # a compiler fuses them itself
         with deferred():
             return super().forward(*args, **kwargs)
 
@@ -57,16 +57,21 @@ class SingleStreamBlock(flux.SingleStreamBlock):
     """The same."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not is_comfyuis(flux.SingleStreamBlock):
+        if torch.compiler.is_compiling() or not uses_at_once(self, flux.SingleStreamBlock):
             return super().forward(*args, **kwargs)
         with deferred():
             return super().forward(*args, **kwargs)
 
 
-def is_comfyuis(block: type[nn.Module]) -> bool:
-    """Whether no other plugin has replaced its forward: that one may keep a norm and change what it was made of."""
-    code = getattr(block.forward, "__code__", None)
-    return code is not None and code.co_filename == flux.MLPEmbedder.__init__.__code__.co_filename
+def uses_at_once(block: nn.Module, comfyuis: type[nn.Module]) -> bool:
+    """Whether nobody else can get hold of a norm, and keep it while what it was made of is written to.
+
+    That is, the forward is ComfyUI's, and there are no hooks on what is in the block.
+    """
+    code = getattr(comfyuis.forward, "__code__", None)
+    if code is None or code.co_filename != flux.MLPEmbedder.__init__.__code__.co_filename:
+        return False
+    return all(unhooked(module) for module in block.modules() if module is not block)
 
 
 BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
