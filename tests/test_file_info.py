@@ -511,13 +511,13 @@ def test_news_go_to_the_node_that_they_are_about(panels: Panels):
     node = panels.add("SVDQuantLoRA", 200, 200)
     panels.set(node, "lora_name", "info_kohya.safetensors")
     panels.says(node, "keys apply")
-    own = page.evaluate("() => (app.rootGraph.id = crypto.randomUUID())")
-    send = """async ([type, detail]) => {
+    send = """async (node) => {
         const { api } = await import("/scripts/api.js");
-        api.dispatchCustomEvent(type, detail);
+        const own = (app.rootGraph.id = crypto.randomUUID());  // at once: ComfyUI may give the graph another one later
+        for (const [workflow, text] of [["another", "not mine"], [own, "mine"]])
+            api.dispatchCustomEvent("svdquant.report", { node, workflow, text });
     }"""
-    for workflow, text in (("another", "not mine"), (own, "mine")):
-        page.evaluate(send, ["svdquant.report", {"node": str(node), "workflow": workflow, "text": text}])
+    page.evaluate(send, str(node))
     panels.says(node, "mine", without="not mine")
     assert page.errors == []
 

@@ -64,7 +64,9 @@ class InfoPanel {
     if (key === this.key) this.content.replaceChildren(...shown.flat());
   }
 
+  /** A run's news are about what the widgets say now, seen by update() or not yet. */
   tell(report) {
+    this.question = keyOf(this.describe(this.node, ""));
     this.report = report;
     this.update();
   }
