@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 import triton
-from comfyui_svdquant.svdq_core.benchmark import FLUX_SHAPES
-from comfyui_svdquant.svdq_core.deferred import Deferred
+from comfyui_svdquant.svdq_core.benchmark import FLUX_SHAPES, input_of
+from comfyui_svdquant.svdq_core.deferred import operands
 from torch import Tensor
 from triton.testing import do_bench
 
@@ -40,12 +40,8 @@ def in_front(quantize: Callable[..., Any], x: Tensor, work: float) -> None:
     ``quantize`` takes x and its arguments by name. The baseline is torch's passes, and then the quantizer.
     """
     k = x.shape[1]
-    head = 3072 if k == 15360 else 0
-    mult, shift, tail = x[:1], x[1:2], x[:, head:]
-    if k == 3072:
-        value, given = Deferred(x, None, mult, shift), {"mult": mult, "shift": shift}
-        runs = {"norm": lambda: quantize(x, **given), "torch, then it": lambda: quantize(value.compute())}
-    else:
-        value = Deferred(x[:, :head], tail)
-        runs = {"GELU": lambda: quantize(x[:, :head], tail=tail), "torch, then it": lambda: quantize(value.compute())}
+    before = "norm" if k == 3072 else "gelu"
+    value = input_of(x, before)
+    rows, given = operands(value())
+    runs = {before: lambda: quantize(rows, **given), "torch, then it": lambda: quantize(value().value())}
     compare(f"K {k}", runs, work, "TB/s")

@@ -81,6 +81,19 @@ def cpu_kernels(kernel_device: torch.device) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The choice is made anew, without the user's measurements, after checks on small layers: interpreters are slow."""
+    from comfyui_svdquant.svdq_core import backends
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(backends, "CHECKED", dict.fromkeys(backends.CHECKED, (5, 128)))
+    monkeypatch.setattr(backends, "CHECKED_K", 512)
+    backends.forget()
+    yield
+    backends.forget()
+
+
 @pytest.fixture(scope="session")
 def comfy_path() -> Path:
     """The ComfyUI that the tests use. Without one the test fails: skipping would look like success."""

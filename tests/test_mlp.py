@@ -20,14 +20,8 @@ def bf16_model(host, small_flux_files):
 
 
 @pytest.fixture(autouse=True)
-def forced(monkeypatch, tmp_path):
+def forced(nothing_remembered, monkeypatch):
     monkeypatch.setattr(backends, "FORCED", "triton-w4a4")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(backends, "CHECKED", dict.fromkeys(backends.CHECKED, (5, 128)))  # the interpreter is slow
-    monkeypatch.setattr(backends, "CHECKED_K", 512)
-    backends.forget()
-    yield
-    backends.forget()
 
 
 @pytest.fixture

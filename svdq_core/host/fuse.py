@@ -43,32 +43,31 @@ class GELU(nn.GELU):
         return gelu(x) if deferring() and backends.may_fuse(x) else super().forward(x)
 
 
-class DoubleStreamBlock(flux.DoubleStreamBlock):
-    """ComfyUI's own: it uses every norm and GELU at once, so they may be deferred while it runs."""
+class Block(nn.Module):
+    """In front of a block of ComfyUI's that uses every norm and GELU at once: they may be deferred while it runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not uses_at_once(self, flux.DoubleStreamBlock):
-            return super().forward(*args, **kwargs)  # a compiler fuses them itself
+        comfyuis: Any = super().forward
+        if torch.compiler.is_compiling() or not uses_at_once(self, comfyuis):  # a compiler fuses them itself
+            return comfyuis(*args, **kwargs)
         with deferred():
-            return super().forward(*args, **kwargs)
+            return comfyuis(*args, **kwargs)
 
 
-class SingleStreamBlock(flux.SingleStreamBlock):
-    """The same."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not uses_at_once(self, flux.SingleStreamBlock):
-            return super().forward(*args, **kwargs)
-        with deferred():
-            return super().forward(*args, **kwargs)
+class DoubleStreamBlock(Block, flux.DoubleStreamBlock):
+    """Image and text."""
 
 
-def uses_at_once(block: nn.Module, comfyuis: type[nn.Module]) -> bool:
+class SingleStreamBlock(Block, flux.SingleStreamBlock):
+    """Both in one."""
+
+
+def uses_at_once(block: nn.Module, forward: Any) -> bool:
     """Whether nobody else can get hold of a norm, and keep it while what it was made of is written to.
 
     That is, the forward is ComfyUI's, and there are no hooks on what is in the block.
     """
-    code = getattr(comfyuis.forward, "__code__", None)
+    code = getattr(forward, "__code__", None)
     if code is None or code.co_filename != flux.MLPEmbedder.__init__.__code__.co_filename:
         return False
     return all(unhooked(module) for module in block.modules() if module is not block)

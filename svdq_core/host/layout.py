@@ -15,7 +15,6 @@ from comfy_kitchen.tensor import (
 from torch import Tensor
 
 from .. import backends
-from ..deferred import Deferred
 from ..errors import SVDQuantError
 from ..formats import FORMATS, GELU_SHIFT
 from ..linear import QuantizedLinear
@@ -132,7 +131,7 @@ def linear(x: Any, weight: Any, bias: Tensor | None) -> Tensor:
     if not is_quantized(weight) or weight._params.transposed:
         return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
     layer = as_linear(weight._qdata, weight._params, bias)
-    return backends.linear(x if isinstance(x, Deferred) else dequantize_args(x), layer, weight._params.activations)
+    return backends.linear(dequantize_args(x), layer, weight._params.activations)
 
 
 def transpose(weight: QuantizedTensor) -> QuantizedTensor:
