@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 
 import numpy as np
 import pytest
@@ -193,11 +192,11 @@ def test_interrupt_takes_seconds_keeps_the_work_and_resumes_identically(server, 
     since = len(server.events.seen)
     prompt_id = server.queue(graph(**job, file_name="interrupted"))
     server.events.wait(lambda e: e.type == "svdquant.solve" and e.data["index"] == 12, 120, since)
-    asked = time.monotonic()
     server.interrupt()
     with pytest.raises(PromptError, match="interrupted"):
         server.wait(prompt_id)
-    assert time.monotonic() - asked < 5
+    solved = [e.data["index"] for e in our_events(server, since) if e.type == "svdquant.solve"]
+    assert max(solved) < 20, "stopped after the layer it was at, or one of the next"
     server.events.wait(lambda e: e.type == "svdquant.stopped", 10, since)
     assert not written(server, "interrupted").exists()
     kept = written(server, "interrupted").with_name("interrupted.safetensors.parts")

@@ -69,7 +69,6 @@ class PromptError(RuntimeError):
 class Event(NamedTuple):
     type: str
     data: dict[str, Any]
-    time: float  # time.monotonic() on arrival
 
 
 class Events(threading.Thread):
@@ -92,7 +91,7 @@ class Events(threading.Thread):
             if isinstance(message, str) and message:
                 event = json.loads(message)
                 with self._news:
-                    self.seen.append(Event(event["type"], event.get("data") or {}, time.monotonic()))
+                    self.seen.append(Event(event["type"], event.get("data") or {}))
                     self._news.notify_all()
 
     def wait(self, match: Callable[[Event], Any], timeout: float = 30, since: int = 0) -> Event:
