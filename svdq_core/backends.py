@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import triton_kernels
 from .checkpoint import TOOL
-from .deferred import Deferred, gelu, plain
+from .deferred import Deferred, gelu, plain, rows
 from .formats import AWQ, FORMATS, Format
 from .implementations import FUSED_MLP, IMPLEMENTATIONS, Implementation, mlp_scratch, taking, torch_linear, torch_mlp
 from .linear import QuantizedLinear, linear_forward
@@ -208,25 +208,25 @@ REJECTED: dict[tuple[Any, ...], str] = {}  # why an implementation is not used, 
 RIGHT: set[tuple[Any, ...]] = set()  # what passed its check
 SAID: set[tuple[Any, ...]] = set()  # what the log has already
 LAST_USED: dict[torch.device, str] = {}  # of the compiled implementations: a GPU reports an error later
+CHOSEN: dict[tuple[Any, ...], Implementation] = {}  # what ran last, so that the next layer need not ask
 
 
 def forget() -> None:
     """Choose anew: the measured times, or a test's conditions, have changed."""
     for cached in (ranked, measured_times):
         cached.cache_clear()
-    for memory in (REJECTED, RIGHT, SAID, LAST_USED):
+    for memory in (REJECTED, RIGHT, SAID, LAST_USED, CHOSEN):
         memory.clear()
 
 
 def working(x: Tensor, layer: QuantizedLinear, activations: str) -> Iterator[Implementation]:
-    """What to run ``x (M, K)`` with, best first: right on a small layer, and never failed on such a shape."""
-    expect_one_device(x, layer)
+    """What to run ``x (..., K)`` with, best first: right on a small layer, and never failed on such a shape."""
     shape = shape_class(x, layer, activations)
     for implementation in ranked(x.device, *shape, FORCED):
         if implementation.library != "torch":
             if rejected((implementation, x.device, x.dtype, shape)) or not_captured(implementation, x.device):
                 continue
-            if not is_right(implementation, x.device, x.dtype, layer.act_unsigned, size_class(x.shape[0])):
+            if not is_right(implementation, x.device, x.dtype, layer.act_unsigned, shape[2]):
                 continue
         announce(implementation, x.device, shape)
         yield implementation
@@ -301,13 +301,14 @@ def skipped(chosen: Implementation, device: torch.device, shape: tuple[str, str,
 
 
 def shape_class(x: Tensor, layer: QuantizedLinear, activations: str) -> tuple[str, str, int, int, int]:
-    """What the choice for ``x (M, K)`` depends on, beside the device."""
+    """What the choice for ``x (..., K)`` depends on, beside the device."""
     n, k = layer.shape
-    return layer.fmt.name, activations, size_class(x.shape[0]), k, n
+    return layer.fmt.name, activations, size_class(x.numel() // k), k, n
 
 
 def choice(x: Tensor, layer: QuantizedLinear, activations: str = "auto") -> Implementation:
-    """What :func:`linear` takes for ``x (M, K)``."""
+    """What :func:`linear` takes for ``x (..., K)``."""
+    expect_one_device(x, layer)
     return next(working(x, layer, activations))
 
 
@@ -322,33 +323,49 @@ def expect_one_device(x: Tensor, layer: QuantizedLinear) -> None:
 
 
 def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
-    """``x (M, K)``, perhaps deferred, through the best implementation that works."""
-    n, k = layer.shape
+    """``x (..., K)``, perhaps deferred, through the best implementation that works; ``(..., N)``."""
+    expect_one_device(x, layer)
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], layer.shape[0])
+    shape = shape_class(x, layer, activations)
+    case = (x.device, x.dtype, shape, layer.act_unsigned, x.before if isinstance(x, Deferred) else "", FORCED)
+    chosen, found = CHOSEN.get(case), None
+    if chosen is not None and not not_captured(chosen, x.device):
+        found = attempt(chosen, x, layer, shape)
+    if found is not None:
+        return found
     for implementation in working(x, layer, activations):
-        for way in ways(implementation, x, layer.act_unsigned):
-            key = (way, x.device, x.dtype, shape_class(x, layer, activations))
-            if rejected(key):
-                continue
-            try:
-                return run(way, x, layer)
-            except Exception as error:
-                if way.library == "torch":
-                    raise
-                reject(key, error, f" for {k} inputs and {n} outputs")
+        for way in ways(implementation, x, layer.act_unsigned, shape[2]):
+            if not rejected((way, x.device, x.dtype, shape)) and (found := attempt(way, x, layer, shape)) is not None:
+                if not capturing(x.device):  # when less can be chosen
+                    CHOSEN[case] = way
+                return found
     raise AssertionError("plain torch is always the last")
 
 
-def ways(implementation: Implementation, x: Tensor, unsigned: bool) -> Iterator[Implementation]:
+def attempt(way: Implementation, x: Tensor, layer: QuantizedLinear, shape: tuple[Any, ...]) -> Tensor | None:
+    """Its result; None if it failed, after a word in the log: plain torch's errors are raised."""
+    try:
+        return run(way, x, layer).reshape(*x.shape[:-1], layer.shape[0])
+    except Exception as error:
+        if way.library == "torch":
+            raise
+        n, k = layer.shape
+        reject((way, x.device, x.dtype, shape), error, f" for {k} inputs and {n} outputs")
+    return None
+
+
+def ways(implementation: Implementation, x: Tensor, unsigned: bool, size: int) -> Iterator[Implementation]:
     """With what stands before the input in its kernels, where it does that and is right with it, and without."""
     before = x.before if isinstance(x, Deferred) else ""
     way = taking(implementation, before) if before else None
-    if way and is_right(way, x.device, x.dtype, unsigned, size_class(x.shape[0])):
+    if way and is_right(way, x.device, x.dtype, unsigned, size):
         yield way
     yield implementation
 
 
 def run(implementation: Implementation, x: Tensor, *layers: QuantizedLinear) -> Tensor:
-    """``implementation.run``; what is not the implementation's failure is raised as what it is.
+    """``implementation.run`` for an ``x (..., K)``: (M, N). What is not its failure is raised as what it is.
 
     A lack of memory is ComfyUI's business: it unloads models and tries again. After some errors a process cannot use
     its GPU any more, so nothing else is worth a try.
@@ -356,7 +373,7 @@ def run(implementation: Implementation, x: Tensor, *layers: QuantizedLinear) -> 
     if implementation.library != "torch":
         LAST_USED[x.device] = implementation.name
     try:
-        return implementation.run(x if implementation.before else plain(x), *layers)
+        return implementation.run(x if implementation.before else rows(x), *layers)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -527,16 +544,17 @@ def linear(x: Tensor, layer: QuantizedLinear, activations: str = "auto") -> Tens
 
     ``activations`` is one of :data:`.implementations.ACTIVATIONS`; ``auto`` is 4 bit in plain torch.
     """
-    if isinstance(x, Deferred):
-        if x.before and x.numel() and may_fuse(x):
-            return run_linear(x.flat(), layer, activations).reshape(*x.shape[:-1], layer.shape[0])
-        x = x.value()
+    if isinstance(x, Deferred) and x.before and may_fuse(x):
+        return run_linear(x, layer, activations)
+    x = plain(x)
     if x.dtype not in (torch.bfloat16, torch.float16) or (x.device.type != "cuda" and not FORCED):
         grid = FORMATS["int8"] if activations == "8 bit" and layer.fmt.name == "int4" else None
         return linear_forward(
             x, layer.fmt, layer.tensors, layer.smooth_factor, layer.proj_down, layer.proj_up, layer.bias,
             layer.act_unsigned, x.dtype, grid,
         )  # fmt: skip
+    if seen_by_nobody(x):
+        return run_linear(x, layer, activations)
     t = layer.tensors
     return opaque_linear(
         x, t["weight"], t["weight_scale"], t.get("weight_scale_2"), t.get("weight_zero"), layer.smooth_factor,
@@ -563,10 +581,13 @@ def opaque_linear(
     extra = {"weight_scale_2": weight_scale_2, "weight_zero": weight_zero}
     tensors = {"weight": weight, "weight_scale": weight_scale} | {k: t for k, t in extra.items() if t is not None}
     layer = QuantizedLinear(FORMATS[fmt], tensors, smooth_factor, proj_down, proj_up, bias, act_unsigned)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
-    return run_linear(rows, layer, activations).reshape(*x.shape[:-1], weight.shape[0])
+    return run_linear(x, layer, activations)
+
+
+def seen_by_nobody(x: Tensor) -> bool:
+    """Whether no compiler, tracer, mode or gradient would have to see an op, which costs the host 50 µs more."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return type(x) is Tensor and not traced and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 @opaque_linear.register_fake
@@ -581,16 +602,19 @@ MAX_SCRATCH = 64 << 20  # bytes
 
 
 def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
-    """``x (M, K)``: fused where both layers take our W4A4 kernel, else one after the other."""
+    """``x (..., K)``: fused where both layers take our W4A4 kernel, else one after the other."""
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], second.shape[0])
     shapes = shape_class(x, first, activations), shape_class(x, second, activations)
     ours = all(choice(x, layer, activations).name == "triton-w4a4" for layer in (first, second))
-    if ours and mlp_scratch(x.shape[0], first, second) < MAX_SCRATCH:
-        for way in ways(FUSED_MLP, x, second.act_unsigned):
+    if ours and mlp_scratch(x.numel() // x.shape[-1], first, second) < MAX_SCRATCH:
+        size = shapes[0][2]
+        for way in ways(FUSED_MLP, x, second.act_unsigned, size):
             key = (way, x.device, x.dtype, shapes)
-            if rejected(key) or not is_right(*key[:3], second.act_unsigned, size_class(x.shape[0])):
+            if rejected(key) or not is_right(*key[:3], second.act_unsigned, size):
                 continue
             try:
-                return run(way, x, first, second)
+                return run(way, x, first, second).reshape(*x.shape[:-1], second.shape[0])
             except Exception as error:
                 reject(key, error, f" for {first.shape[1]}, {first.shape[0]} and {second.shape[0]} features")
     return run_linear(gelu(run_linear(x, first, activations)), second, activations)
@@ -609,10 +633,13 @@ def may_fuse(x: Tensor) -> bool:
 
 def mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
     """``second(GELU(first(x)))`` of two INT4 layers as one op, for an ``x (..., K)`` of which :func:`may_fuse`."""
-    if isinstance(x, Deferred) and x.before and x.numel():
-        return run_mlp(x.flat(), first, second, activations).reshape(*x.shape[:-1], second.shape[0])
+    if isinstance(x, Deferred) and x.before:
+        return run_mlp(x, first, second, activations)
+    x = plain(x)
+    if seen_by_nobody(x):
+        return run_mlp(x, first, second, activations)
     return opaque_mlp(
-        plain(x), parts(first), parts(second), first.bias, second.bias,
+        x, parts(first), parts(second), first.bias, second.bias,
         first.act_unsigned, second.act_unsigned, activations,
     )  # fmt: skip
 
@@ -641,11 +668,8 @@ def opaque_mlp(
     activations: str,
 ) -> Tensor:
     """:func:`mlp` as one op."""
-    rows, n = x.reshape(-1, x.shape[-1]), second[0].shape[0]
-    if rows.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], n)
     layers = from_parts(first, first_bias, first_unsigned), from_parts(second, second_bias, second_unsigned)
-    return run_mlp(rows, *layers, activations).reshape(*x.shape[:-1], n)
+    return run_mlp(x, *layers, activations)
 
 
 @opaque_mlp.register_fake

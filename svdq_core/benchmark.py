@@ -84,7 +84,7 @@ def time_of(implementation: Implementation, layer: QuantizedLinear, before: Call
     def run(way: Implementation) -> Tensor:
         return way.run(before() if way.before else plain(before()), layer)
 
-    for way in backends.ways(implementation, x, layer.act_unsigned):
+    for way in backends.ways(implementation, x, layer.act_unsigned, backends.size_class(x.shape[0])):
         try:
             return median_ms(partial(run, way), x.is_cuda)
         except Exception as error:

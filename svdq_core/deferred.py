@@ -32,7 +32,6 @@ class Deferred(Tensor):
     shift: Tensor | None
     eps: float
     computed: Tensor | None
-    whole: "Deferred | None"
 
     # Every operation comes by __torch_dispatch__.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -49,7 +48,7 @@ class Deferred(Tensor):
         width = head.shape[-1] + (0 if tail is None else tail.shape[-1])
         self = Tensor._make_wrapper_subclass(cls, (*head.shape[:-1], width), dtype=head.dtype, device=head.device)
         self.head, self.tail, self.mult, self.shift, self.eps = head, tail, mult, shift, eps
-        self.computed = self.whole = None
+        self.computed = None
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,8 +68,6 @@ class Deferred(Tensor):
         return self.computed
 
     def compute(self) -> Tensor:
-        if self.whole is not None:
-            return self.whole.value().reshape(self.shape)
         if self.tail is not None:
             after = torch.nn.functional.gelu(self.tail, approximate="tanh")
             return torch.cat([self.head, after], -1) if self.head.shape[-1] else after
@@ -78,13 +75,6 @@ class Deferred(Tensor):
         if self.mult is None or self.shift is None:
             return normed
         return torch.addcmul(self.shift, normed, self.mult)
-
-    def flat(self) -> "Deferred":
-        """As (M, K), with mult and shift (B, K); its value is that of this one."""
-        parts = (None if t is None else t.flatten(0, -2) for t in (self.tail, self.mult, self.shift))
-        flat = Deferred(self.head.flatten(0, -2), *parts, self.eps)
-        flat.whole = self
-        return flat
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -134,13 +124,21 @@ def joined(tensors: list[Tensor], dim: int = 0) -> Deferred | None:
     return Deferred(head, after.tail)
 
 
+def rows(x: Tensor) -> Tensor:
+    """The value of an ``x (..., K)`` as (M, K)."""
+    x = plain(x)
+    return x.reshape(-1, x.shape[-1])
+
+
 def operands(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """An ``x (M, K)`` as the quantizers' kernels take it: their first argument, and those that have a name."""
-    if not isinstance(x, Deferred):
-        return x, {}
-    if x.before == "norm":
-        return x.head, {"mult": x.mult, "shift": x.shift, "eps": x.eps}
-    return (x.head, {"tail": x.tail}) if x.before else (x.value(), {})
+    """An ``x (..., K)`` as the quantizers' kernels take it: their first argument (M, K), and those that have a name."""
+    if not isinstance(x, Deferred) or not x.before:
+        return rows(x), {}
+    head = x.head.flatten(0, -2)
+    if x.tail is not None:
+        return head, {"tail": x.tail.flatten(0, -2)}
+    assert x.mult is not None and x.shift is not None
+    return head, {"mult": x.mult.flatten(0, -2), "shift": x.shift.flatten(0, -2), "eps": x.eps}
 
 
 LOCAL = threading.local()

@@ -236,9 +236,12 @@ def triton_w4a16(x: Tensor, layer: QuantizedLinear) -> Tensor:
     """Modulation linears; a branch can only come from a LoRA."""
     from ..triton_kernels.gemm_w4a16 import gemm_w4a16
 
-    t, (down, up, bias) = layer.tensors, branch(x, layer)
-    pair = (x @ down, up) if up.shape[1] else (None, None)
-    return gemm_w4a16(x, t["weight"], t["weight_scale"], t["weight_zero"], bias, *pair)
+    t = layer.tensors
+    codes = (t["weight"], t["weight_scale"], t["weight_zero"])
+    if not layer.rank:
+        return gemm_w4a16(x, *codes, layer.bias)
+    down, up, bias = branch(x, layer)
+    return gemm_w4a16(x, *codes, bias, x @ down, up)
 
 
 def kitchen_w4a4(x: Tensor, layer: QuantizedLinear) -> Tensor:

@@ -31,7 +31,7 @@ def ran(monkeypatch):
     calls, run = [], backends.run
 
     def counted(implementation, x, *layers):
-        calls.append((implementation.name, tuple(x.shape)))
+        calls.append((implementation.name, (x.numel() // x.shape[-1], x.shape[-1])))
         return run(implementation, x, *layers)
 
     monkeypatch.setattr(backends, "run", counted)

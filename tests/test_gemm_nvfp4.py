@@ -159,9 +159,10 @@ def test_wrong_arguments_are_named(on, change, message):
 
 
 def test_it_is_a_proper_custom_op(on):
-    from comfyui_svdquant.triton_kernels.gemm_nvfp4 import gemm_nvfp4
 
     arguments = draw(5, 32, 64, 16, torch.bfloat16, 0)
     # not test_schema: it compares inputs before and after in a way that torch has not for e4m3 on a CPU
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(gemm_nvfp4, tuple(a.to(on) for a in arguments.values()), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.svdquant.gemm_nvfp4.default, tuple(a.to(on) for a in arguments.values()), test_utils=checks
+    )

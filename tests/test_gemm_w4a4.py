@@ -148,11 +148,10 @@ def test_wrong_arguments_are_named(on):
 
 
 def test_custom_op_is_well_formed(on):
-    from comfyui_svdquant.triton_kernels.gemm_w4a4 import gemm_w4a4
 
     a = [t.to(on) for t in draw(4, 8, 128, 16, torch.bfloat16, 4).values()]
-    torch.library.opcheck(gemm_w4a4, (*a, False))
-    torch.library.opcheck(gemm_w4a4, (*a[:-1], None, True))
+    torch.library.opcheck(torch.ops.svdquant.gemm_w4a4.default, (*a, False))
+    torch.library.opcheck(torch.ops.svdquant.gemm_w4a4.default, (*a[:-1], None, True))
 
 
 @pytest.mark.ptx

@@ -117,7 +117,6 @@ def test_empty_input_and_wrong_arguments(on):
 
 
 def test_custom_op_is_well_formed(on):
-    from comfyui_svdquant.triton_kernels.gemm_w4a4_gelu import gemm_w4a4_gelu
 
     *linear, smooth, down = (t.to(on) for t in draw(4, 64, 64, 16, 16, torch.bfloat16, 3).values())
-    torch.library.opcheck(gemm_w4a4_gelu, (*linear, False, smooth, down, True))
+    torch.library.opcheck(torch.ops.svdquant.gemm_w4a4_gelu.default, (*linear, False, smooth, down, True))

@@ -150,12 +150,11 @@ def test_wrong_arguments_are_named(on):
 
 
 def test_it_is_a_proper_custom_op(on):
-    from comfyui_svdquant.triton_kernels.quantize_act import quantize_act
 
     x, smooth, down = (t.to(on) for t in draw(5, 128, 16, torch.bfloat16, 5))
-    torch.library.opcheck(quantize_act, (x, smooth, down, False))
-    torch.library.opcheck(quantize_act, (x[:, :64], smooth, down, False, x[:, 64:]))
-    torch.library.opcheck(quantize_act, (x, smooth, down, False, None, x[:1], x[1:2]))
+    torch.library.opcheck(torch.ops.svdquant.quantize_act.default, (x, smooth, down, False))
+    torch.library.opcheck(torch.ops.svdquant.quantize_act.default, (x[:, :64], smooth, down, False, x[:, 64:]))
+    torch.library.opcheck(torch.ops.svdquant.quantize_act.default, (x, smooth, down, False, None, x[:1], x[1:2]))
 
 
 @settings(max_examples=15, deadline=None)

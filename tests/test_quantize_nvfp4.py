@@ -131,12 +131,11 @@ def test_wrong_arguments_are_named(on, change, message):
 
 
 def test_it_is_a_proper_custom_op(on):
-    from comfyui_svdquant.triton_kernels.quantize_nvfp4 import quantize_nvfp4
 
     x, smooth, down = (t.to(on) for t in draw(5, 128, 16, torch.bfloat16, 0))
-    torch.library.opcheck(quantize_nvfp4, (x, smooth, down, True))
-    torch.library.opcheck(quantize_nvfp4, (x[:, :64], smooth, down, False, x[:, 64:]))
-    torch.library.opcheck(quantize_nvfp4, (x, smooth, down, False, None, x[:1], x[1:2]))
+    torch.library.opcheck(torch.ops.svdquant.quantize_nvfp4.default, (x, smooth, down, True))
+    torch.library.opcheck(torch.ops.svdquant.quantize_nvfp4.default, (x[:, :64], smooth, down, False, x[:, 64:]))
+    torch.library.opcheck(torch.ops.svdquant.quantize_nvfp4.default, (x, smooth, down, False, None, x[:1], x[1:2]))
 
 
 @settings(max_examples=15, deadline=None)

@@ -94,7 +94,6 @@ def test_wrong_arguments_are_named(on, weight, scale, kind, message):
 
 
 def test_it_is_a_proper_custom_op(on):
-    from comfyui_svdquant.triton_kernels.widen_w4 import widen_w4
 
     weight, scale = torch.zeros(5, 64, dtype=torch.uint8, device=on), torch.ones(2, 5, dtype=torch.bfloat16, device=on)
-    torch.library.opcheck(widen_w4, (weight, scale, "int8"))
+    torch.library.opcheck(torch.ops.svdquant.widen_w4.default, (weight, scale, "int8"))

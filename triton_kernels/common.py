@@ -1,6 +1,8 @@
 """What the kernels share: the name of the GPU, the checks of arguments, and rounding to four bits."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -27,13 +29,26 @@ def expect(
     op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
     """:class:`ValueError` that names the argument unless it has this shape, one of these dtypes, and this device."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}.")
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{op}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected {wanted}.")
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device}.")
+
+
+def custom_op(launch: Callable[..., Any]) -> Any:
+    """A function that launches kernels as `torch.ops.svdquant.<name>`, for whoever traces; still without a fake.
+
+    The linear calls the function itself: torch's way to an op costs the host 25 µs, more than Triton's launch.
+    """
+    return torch.library.custom_op(f"svdquant::{launch.__name__}", launch, mutates_args=())
+
+
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover a size. `triton.cdiv` is for kernels, and takes microseconds on the host."""
+    return -(-size // block)
 
 
 @triton.jit

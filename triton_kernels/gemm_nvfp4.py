@@ -13,18 +13,21 @@ of them lie on fp16's grid. So a file made for one part gives the same products 
 16-bit units at best.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect, tile_of
+from .common import FLOATS, arch, cdiv, custom_op, expect, tile_of
 from .gemm_w8a8 import BLOCK_R, add_branch
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 NATIVE = ("sm100", "sm103", "sm120", "sm121")
 
 
+@cache
 def config(part: str, m: int) -> dict[str, int]:
     """Tiles by spills, shared memory and instructions of the compiled code, not measured."""
     native, amd = part in NATIVE, part.startswith("gfx")
@@ -121,7 +124,6 @@ def check(
         expect(op, "bias", bias, (n,), FLOATS, device)
 
 
-@torch.library.custom_op("svdquant::gemm_nvfp4", mutates_args=())
 def gemm_nvfp4(
     codes: Tensor,
     scales: Tensor,
@@ -140,7 +142,7 @@ def gemm_nvfp4(
         return y
     tiles = config(arch(codes.device), m)
     scale_type = torch.float8_e4m3fn if tiles["NATIVE"] else torch.uint8  # Ampere has no e4m3, not even to load
-    grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
+    grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
         gemm_nvfp4_kernel[grid](
             codes.view(torch.uint8).contiguous(),
@@ -163,7 +165,7 @@ def gemm_nvfp4(
     return y
 
 
-@gemm_nvfp4.register_fake
+@custom_op(gemm_nvfp4).register_fake
 def gemm_nvfp4_fake(
     codes: Tensor,
     scales: Tensor,

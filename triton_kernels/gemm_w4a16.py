@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, expect
+from .common import FLOATS, cdiv, custom_op, expect
 from .rounding import codes_of
 
 FLOAT16S = (torch.bfloat16, torch.float16)
@@ -97,7 +97,6 @@ def check(
         expect(op, "proj_up", proj_up, (n, proj_up.shape[-1]), FLOATS, device)
 
 
-@torch.library.custom_op("svdquant::gemm_w4a16", mutates_args=())
 def gemm_w4a16(
     x: Tensor,
     weight: Tensor,
@@ -116,7 +115,7 @@ def gemm_w4a16(
     if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:  # pairs of columns are read as one int32
         x = x.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device_of(x):
-        gemm_w4a16_kernel[(m, triton.cdiv(n, CONFIG["BLOCK_N"]))](
+        gemm_w4a16_kernel[(m, cdiv(n, CONFIG["BLOCK_N"]))](
             x,
             weight.view(torch.uint8).contiguous(),
             weight_scale.contiguous(),
@@ -135,7 +134,7 @@ def gemm_w4a16(
     return y
 
 
-@gemm_w4a16.register_fake
+@custom_op(gemm_w4a16).register_fake
 def gemm_w4a16_fake(
     x: Tensor,
     weight: Tensor,

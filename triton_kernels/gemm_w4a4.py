@@ -12,12 +12,14 @@ moves to another byte. A nibble becomes an int8 of 16 times its value (`byte & 0
 sign; the factors 16 leave with the scales. Integer sums are exact (64 · 112 · 128 < 2^31), then everything is float32.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, block_r, branch_and_bias, expect, tile_of
+from .common import FLOATS, arch, block_r, branch_and_bias, cdiv, custom_op, expect, tile_of
 
 
 @triton.jit
@@ -156,6 +158,7 @@ def gemm_w4a4_kernel(
     tl.store(y_ptr + rows[:, None] * N + columns[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@cache
 def config(arch: str, m: int) -> dict[str, int]:
     """Tile, warps, pipeline, from compiled instruction counts (docs/kernels_w4a4.md), not from timings."""
     conf = {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 4}
@@ -196,7 +199,6 @@ def rowwise(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-@torch.library.custom_op("svdquant::gemm_w4a4", mutates_args=())
 def gemm_w4a4(
     codes: Tensor,
     scales: Tensor,
@@ -215,7 +217,7 @@ def gemm_w4a4(
         return y
     hidden, proj_up = rowwise(hidden), rowwise(proj_up)
     conf = config(arch(codes.device), m)
-    grid = (triton.cdiv(m, conf["BLOCK_M"]) * triton.cdiv(n, conf["BLOCK_N"]),)
+    grid = (cdiv(m, conf["BLOCK_M"]) * cdiv(n, conf["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
         gemm_w4a4_kernel[grid](
             codes.contiguous(),
@@ -241,7 +243,7 @@ def gemm_w4a4(
     return y
 
 
-@gemm_w4a4.register_fake
+@custom_op(gemm_w4a4).register_fake
 def _(
     codes: Tensor,
     scales: Tensor,

@@ -15,6 +15,8 @@ place of its own; `torch.sum` adds the places. Atomic additions would need no pl
 time, and the same seed would no longer give the same picture.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,8 @@ from .common import (
     arch,
     block_r,
     branch_and_bias,
+    cdiv,
+    custom_op,
     expect,
     group_scales,
     pack_codes,
@@ -122,6 +126,7 @@ def gemm_w4a4_gelu_kernel(
         tl.store(next_codes_at, pack_codes(next_codes, BLOCK_M, 64), mask=row_mask[:, None])
 
 
+@cache
 def configured(arch: str, m: int) -> dict[str, int]:
     """As `gemm_w4a4`, with tiles one group wide, and changed where the longer epilogue would spill registers."""
     conf = {name: value for name, value in config(arch, m).items() if name != "BLOCK_N"}
@@ -147,7 +152,6 @@ def outputs(scales: Tensor, weight: Tensor, next_down: Tensor) -> tuple[Tensor, 
     return codes, scales.new_empty((n // 64, m)).t(), scales.new_empty((m, next_down.shape[1]))
 
 
-@torch.library.custom_op("svdquant::gemm_w4a4_gelu", mutates_args=())
 def gemm_w4a4_gelu(
     codes: Tensor,
     scales: Tensor,
@@ -169,11 +173,11 @@ def gemm_w4a4_gelu(
     if m == 0 or n == 0:
         return next_codes, next_scales, next_hidden.zero_()
     hidden, proj_up, next_down = rowwise(hidden), rowwise(proj_up), rowwise(next_down)
-    places = triton.cdiv(n, 64 * TILES)
+    places = cdiv(n, 64 * TILES)
     partial = scales.new_empty((places, m, next_rank), dtype=torch.float32)
     conf = configured(arch(codes.device), m)
     with torch.cuda.device_of(codes):
-        gemm_w4a4_gelu_kernel[(triton.cdiv(m, conf["BLOCK_M"]) * places,)](
+        gemm_w4a4_gelu_kernel[(cdiv(m, conf["BLOCK_M"]) * places,)](
             codes.contiguous(),
             scales,
             weight.contiguous().view(torch.int8),
@@ -205,7 +209,7 @@ def gemm_w4a4_gelu(
     return next_codes, next_scales, partial.sum(0).to(scales.dtype)
 
 
-@gemm_w4a4_gelu.register_fake
+@custom_op(gemm_w4a4_gelu).register_fake
 def _(
     codes: Tensor,
     scales: Tensor,

@@ -14,18 +14,21 @@ takes about as long as the products (instructions counted in docs/kernels_w8.md)
 product is computed as ``w8 codesᵀ``: Hopper's tensor cores take the widened side from registers only on the left.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect, tile_of
+from .common import FLOATS, arch, cdiv, custom_op, expect, tile_of
 from .rounding import MAGIC, codes_of, columns_at_once, expect_e4m3, has_e4m3
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 BLOCK_R = 32
 
 
+@cache
 def config(part: str, m: int, k: int, fp8: bool) -> dict[str, int]:
     """Tiles for a part, a shape and the kind of codes; the sums of long rows of fp8 are kept twice."""
     tiles = tiles_of(part, m)
@@ -133,7 +136,6 @@ def check(
         expect(op, "bias", bias, (n,), FLOATS, device)
 
 
-@torch.library.custom_op("svdquant::gemm_w4a8", mutates_args=())
 def gemm_w4a8(
     codes: Tensor,
     act_scales: Tensor,
@@ -153,7 +155,7 @@ def gemm_w4a8(
     if m == 0:
         return y
     tiles = config(part, m, k, codes.dtype != torch.int8)
-    grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
+    grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
         gemm_w4a8_kernel[grid](
             codes.contiguous(),
@@ -176,7 +178,7 @@ def gemm_w4a8(
     return y
 
 
-@gemm_w4a8.register_fake
+@custom_op(gemm_w4a8).register_fake
 def gemm_w4a8_fake(
     codes: Tensor,
     act_scales: Tensor,

@@ -13,12 +13,14 @@ main loop scales nothing: it runs the weights of an INT8 file, and INT4 weights 
 rate. fp8 needs sm 89 or later, gfx950 or gfx12.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect, tile_of
+from .common import FLOATS, arch, cdiv, custom_op, expect, tile_of
 from .rounding import columns_at_once, expect_e4m3, has_e4m3
 
 FLOAT16S = (torch.bfloat16, torch.float16)
@@ -45,6 +47,7 @@ NEAREST = {"sm87": "sm86", "sm103": "sm100", "sm121": "sm120", "gfx950": "gfx942
 WAVE = 96  # tiles below which a large part is not filled
 
 
+@cache
 def config(part: str, m: int, n: int, k: int, fp8: bool) -> dict[str, int]:
     """Tiles for a part, a shape and the kind of codes."""
     tiles = tiles_of(part, m, n, fp8)
@@ -61,7 +64,7 @@ def tiles_of(part: str, m: int, n: int, fp8: bool) -> dict[str, int]:
         return SMALL | {"BLOCK_M": 64} if fp8 and part.startswith(("sm9", "sm10")) else SMALL
     part = NEAREST.get(part, part)
     tiles = CONFIGS.get(part, AMPERE if part.startswith("sm") else RDNA)
-    few = triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) < WAVE
+    few = cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]) < WAVE
     return tiles | {"BLOCK_N": tiles["BLOCK_N"] // 2} if few else tiles
 
 
@@ -149,7 +152,6 @@ def check(
         expect(op, "weight_sum", weight_sum, (n,), (torch.int32,), device)
 
 
-@torch.library.custom_op("svdquant::gemm_w8a8", mutates_args=())
 def gemm_w8a8(
     codes: Tensor,
     act_scales: Tensor,
@@ -170,7 +172,7 @@ def gemm_w8a8(
     if m == 0:
         return y
     tiles = config(part, m, n, k, codes.dtype != torch.int8)
-    grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
+    grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
         gemm_w8a8_kernel[grid](
             codes.contiguous(),
@@ -194,7 +196,7 @@ def gemm_w8a8(
     return y
 
 
-@gemm_w8a8.register_fake
+@custom_op(gemm_w8a8).register_fake
 def gemm_w8a8_fake(
     codes: Tensor,
     act_scales: Tensor,

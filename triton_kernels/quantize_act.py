@@ -14,12 +14,14 @@ Source: SVDQuant (arXiv 2411.05007) sections 4.1 to 4.3. The divisions are IEEE,
 those of a plain implementation.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect, group_scales, pack_codes, quotient, round_to_code
+from .common import FLOATS, arch, cdiv, custom_op, expect, group_scales, pack_codes, quotient, round_to_code
 from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
 
 GELU_SHIFT = tl.constexpr(0.171875)
@@ -129,6 +131,7 @@ def store_codes(
         tl.store(codes_at, pack_codes(codes, BLOCK_M, BLOCK_K), mask=codes_mask)
 
 
+@cache
 def config(arch: str, rank: int, dtype: torch.dtype, plain: bool) -> dict[str, int]:
     """Blocks, warps, pipeline; not measured. Few rows per program, so that a 4608-token image fills the GPU, and eight
     columns per thread: every step then has the same layout, and none is done twice. proj_down must fit in shared
@@ -156,7 +159,12 @@ def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor, *before: Tensor |
     return k
 
 
-@torch.library.custom_op("svdquant::quantize_act", mutates_args=())
+def outputs(x: Tensor, k: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for codes, scales and hidden."""
+    m = x.shape[0]
+    return x.new_empty((m, k // 2), dtype=torch.int8), x.new_empty((k // 64, m)).t(), x.new_empty((m, rank))
+
+
 def quantize_act(
     x: Tensor,
     smooth_factor: Tensor,
@@ -170,16 +178,16 @@ def quantize_act(
     """Codes, scales and hidden of x: see the top of this file; of more than x, if there is a tail or mult and shift:
     :mod:`.inputs`."""
     k, m, rank = check(x, smooth_factor, proj_down, tail, mult, shift), x.shape[0], proj_down.shape[1]
-    codes, scales, hidden = quantize_act_fake(x, smooth_factor, proj_down, act_unsigned, tail, mult, shift)
+    codes, scales, hidden = outputs(x, k, rank)
     if m == 0:
         return codes, scales, hidden
     given, parts = arguments(x, tail, mult, shift, eps)
     conf = config(arch(x.device), rank, x.dtype, given["BEFORE"] == "")
     width = conf["BLOCK_K"] * (WIDER.value if given["BEFORE"] == "norm" else 1)
     even = k % width == x.shape[1] % width == 0 and rank > 0 and rank % conf["BLOCK_R"] == 0
-    blocks = parts * triton.cdiv(m // parts, conf["BLOCK_M"])
+    blocks = parts * cdiv(m // parts, conf["BLOCK_M"])
     with torch.cuda.device_of(x):
-        quantize_act_kernel[(blocks, triton.cdiv(rank, conf["BLOCK_R"]) if rank else 1)](
+        quantize_act_kernel[(blocks, cdiv(rank, conf["BLOCK_R"]) if rank else 1)](
             **given, smooth_ptr=smooth_factor.contiguous(), down_ptr=proj_down,
             codes_ptr=codes, scales_ptr=scales, hidden_ptr=hidden, M=m, K=k, R=rank,
             down_stride_k=proj_down.stride(0), down_stride_r=proj_down.stride(1),
@@ -188,7 +196,7 @@ def quantize_act(
     return codes, scales, hidden
 
 
-@quantize_act.register_fake
+@custom_op(quantize_act).register_fake
 def quantize_act_fake(
     x: Tensor,
     smooth_factor: Tensor,
@@ -199,9 +207,7 @@ def quantize_act_fake(
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    m, k = x.shape[0], check(x, smooth_factor, proj_down, tail, mult, shift)
-    codes = x.new_empty((m, k // 2), dtype=torch.int8)
-    return codes, x.new_empty((k // 64, m)).t(), x.new_empty((m, proj_down.shape[1]))
+    return outputs(x, check(x, smooth_factor, proj_down, tail, mult, shift), proj_down.shape[1])
 
 
 def compile_cases(arch: str) -> dict[str, tuple]:

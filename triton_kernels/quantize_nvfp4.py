@@ -11,12 +11,14 @@ x's dtype. Bit for bit ``svdq_core.formats.nvfp4``; a group with a NaN has scale
 kinds of codes, so this runs where the hardware knows neither.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect
+from .common import FLOATS, arch, cdiv, custom_op, expect
 from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
 from .quantize_token import GELU_SHIFT, block_r, project, smoothed
 from .rounding import divide, magnitude_bits, reciprocal, round_half_even
@@ -24,6 +26,7 @@ from .rounding import divide, magnitude_bits, reciprocal, round_half_even
 FLOAT16S = (torch.bfloat16, torch.float16)
 
 
+@cache
 def config(part: str) -> dict[str, int]:
     """16 rows, as many columns as the registers of the compiled code hold; not measured."""
     amd = part.startswith("gfx")
@@ -120,7 +123,13 @@ def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor, *before: Tensor |
     return k
 
 
-@torch.library.custom_op("svdquant::quantize_nvfp4", mutates_args=())
+def outputs(x: Tensor, k: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for codes, scales and hidden."""
+    m = x.shape[0]
+    codes, scales = x.new_empty((m, k // 2), dtype=torch.uint8), x.new_empty((m, k // 16), dtype=torch.float8_e4m3fn)
+    return codes, scales, x.new_empty((m, rank))
+
+
 def quantize_nvfp4(
     x: Tensor,
     smooth_factor: Tensor,
@@ -134,14 +143,14 @@ def quantize_nvfp4(
     """``(codes (M, K/2), scales (M, K/16), hidden (M, R))`` of ``x (M, K)``: see the formulas above; of more than x, if
     there is a tail or mult and shift: :mod:`.inputs`."""
     k, m, rank = check(x, smooth_factor, proj_down, tail, mult, shift), x.shape[0], proj_down.shape[1]
-    codes, scales, hidden = quantize_nvfp4_fake(x, smooth_factor, proj_down, act_unsigned, tail, mult, shift)
+    codes, scales, hidden = outputs(x, k, rank)
     if m == 0:
         return codes, scales, hidden
     given, parts = arguments(x, tail, mult, shift, eps)
     tiles, width = config(arch(x.device)), block_r(rank)
     even = k % tiles["BLOCK_K"] == x.shape[1] % tiles["BLOCK_K"] == 0 and rank > 0 and rank % width == 0
     with torch.cuda.device_of(x):
-        quantize_nvfp4_kernel[(parts * triton.cdiv(m // parts, tiles["BLOCK_M"]), max(1, triton.cdiv(rank, width)))](
+        quantize_nvfp4_kernel[(parts * cdiv(m // parts, tiles["BLOCK_M"]), max(1, cdiv(rank, width)))](
             **given, smooth=smooth_factor.contiguous(), down=proj_down.contiguous(),
             codes=codes, scales=scales.view(torch.uint8), hidden=hidden, M=m, K=k, R=rank,
             SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=width, EVEN=even, **tiles,
@@ -149,7 +158,7 @@ def quantize_nvfp4(
     return codes, scales, hidden
 
 
-@quantize_nvfp4.register_fake
+@custom_op(quantize_nvfp4).register_fake
 def quantize_nvfp4_fake(
     x: Tensor,
     smooth_factor: Tensor,
@@ -160,12 +169,7 @@ def quantize_nvfp4_fake(
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    m, k = x.shape[0], check(x, smooth_factor, proj_down, tail, mult, shift)
-    return (
-        x.new_empty((m, k // 2), dtype=torch.uint8),
-        x.new_empty((m, k // 16), dtype=torch.float8_e4m3fn),
-        x.new_empty((m, proj_down.shape[1])),
-    )
+    return outputs(x, check(x, smooth_factor, proj_down, tail, mult, shift), proj_down.shape[1])
 
 
 def compile_cases(arch: str) -> dict[str, tuple]:

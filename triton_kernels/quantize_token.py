@@ -17,12 +17,14 @@ time, back to front, while its end is still in the cache. SVDQuant, arXiv 2411.0
 down-projection); the per-token 8-bit form is design, not paper.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect, quotient
+from .common import FLOATS, arch, cdiv, custom_op, expect, quotient
 from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
 from .rounding import divide, expect_e4m3, has_e4m3, magnitude_bits, reciprocal, round_half_even, safe_scale
 
@@ -32,6 +34,7 @@ GELU_SHIFT = 0.171875
 WIDEST_RANK = 64  # columns of proj_down that one program multiplies; those beyond go to others, which read x again
 
 
+@cache
 def config(part: str) -> dict[str, int]:
     """Blocks and warps by instruction and register counts of the compiled code (docs/kernels_w8.md), not measured.
 
@@ -169,7 +172,13 @@ def check(
     return k
 
 
-@torch.library.custom_op("svdquant::quantize_token", mutates_args=())
+def outputs(x: Tensor, k: int, rank: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for codes, scales and hidden."""
+    m = x.shape[0]
+    codes, scales = x.new_empty((m, k), dtype=KINDS[kind]), x.new_empty((m,), dtype=torch.float32)
+    return codes, scales, x.new_empty((m, rank))
+
+
 def quantize_token(
     x: Tensor,
     smooth_factor: Tensor,
@@ -187,29 +196,30 @@ def quantize_token(
     if kind == "fp8":
         expect_e4m3("quantize_token", "kind", arch(x.device))
     m, rank = x.shape[0], proj_down.shape[1]
-    outputs = quantize_token_fake(x, smooth_factor, proj_down, act_unsigned, kind, tail, mult, shift)
+    codes, scales, hidden = outputs(x, k, rank, kind)
     if m == 0:
-        return outputs
+        return codes, scales, hidden
     given, parts = arguments(x, tail, mult, shift, eps)
     tiles, widest = config(arch(x.device)), block_r(rank)
     wide = 2 * tiles["BLOCK_K"]  # the second pass takes two blocks
     even = k % wide == x.shape[1] % wide == 0 and rank > 0 and rank % widest == 0
-    blocks = parts * triton.cdiv(m // parts, tiles["BLOCK_M"])
+    blocks = parts * cdiv(m // parts, tiles["BLOCK_M"])
     with torch.cuda.device_of(x):
-        quantize_token_kernel[(blocks, triton.cdiv(rank, widest) if rank else 1)](
+        quantize_token_kernel[(blocks, cdiv(rank, widest) if rank else 1)](
             **given, smooth=smooth_factor.contiguous(), down=proj_down.contiguous(),
-            codes=outputs[0], scales=outputs[1], hidden=outputs[2], M=m, K=k, R=rank,
+            codes=codes, scales=scales, hidden=hidden, M=m, K=k, R=rank,
             KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=widest, EVEN=even, **tiles,
         )  # fmt: skip
-    return outputs
+    return codes, scales, hidden
 
 
+@cache
 def block_r(rank: int) -> int:
     """Columns of the branch that one program makes."""
     return min(WIDEST_RANK, max(16, triton.next_power_of_2(rank)))
 
 
-@quantize_token.register_fake
+@custom_op(quantize_token).register_fake
 def quantize_token_fake(
     x: Tensor,
     smooth_factor: Tensor,
@@ -222,11 +232,7 @@ def quantize_token_fake(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     k = check(x, smooth_factor, proj_down, act_unsigned, kind, tail, mult, shift)
-    return (
-        x.new_empty((x.shape[0], k), dtype=KINDS[kind]),
-        x.new_empty((x.shape[0],), dtype=torch.float32),
-        x.new_empty((x.shape[0], proj_down.shape[1])),
-    )
+    return outputs(x, k, proj_down.shape[1], kind)
 
 
 def compile_cases(arch: str) -> dict[str, tuple]:

@@ -3,6 +3,8 @@
 The formats (float32 division, codes rounded half to even, NaN kept) leave no room for a compiler's choice.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 
@@ -82,6 +84,7 @@ def columns_at_once(arch: str, k: int) -> int:
     return PART if arch in ("sm89", "sm90") and k > EXACT_SUMS else 0
 
 
+@cache
 def has_e4m3(arch: str) -> bool:
     """Whether the matrix units take float8_e4m3fn (gfx942's take the other kind, e4m3fnuz)."""
     if arch.startswith("sm"):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, arch, expect, quotient
+from .common import FLOATS, arch, cdiv, custom_op, expect, quotient
 from .rounding import codes_of, expect_e4m3, has_e4m3, magnitude_bits, round_product, safe_scale
 
 KINDS = {"int8": torch.int8, "uint8": torch.int8, "fp8": torch.float8_e4m3fn}  # of the activations
@@ -97,32 +97,35 @@ def check(weight: Tensor, weight_scale: Tensor, kind: str) -> None:
     expect(op, "weight_scale", weight_scale, (half // 32, n), FLOATS, weight.device)
 
 
-@torch.library.custom_op("svdquant::widen_w4", mutates_args=())
+def outputs(weight: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the wide weight, its scales, and its sums: none but for uint8."""
+    n, k = weight.shape[0], weight.shape[1] * 2
+    w8, row_scale = weight.new_empty((n, k), dtype=KINDS[kind]), weight.new_empty((n,), dtype=torch.float32)
+    return w8, row_scale, weight.new_empty((n if kind == "uint8" else 0,), dtype=torch.int32)
+
+
 def widen_w4(weight: Tensor, weight_scale: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """``(w8 (N, K), row_scale (N,), weight_sum (N,))``: see the formulas above."""
     check(weight, weight_scale, kind)
     if kind == "fp8":
         expect_e4m3("widen_w4", "kind", arch(weight.device))
     n, half = weight.shape
-    outputs = widen_w4_fake(weight, weight_scale, kind)
-    outputs[2].zero_()
-    grid = (triton.cdiv(n, CONFIG["BLOCK_N"]), triton.cdiv(half // 32, CONFIG["GROUPS"] * CONFIG["STEPS"]))
+    w8, row_scale, weight_sum = outputs(weight, kind)
+    if kind == "uint8":
+        weight_sum.zero_()
+    grid = (cdiv(n, CONFIG["BLOCK_N"]), cdiv(half // 32, CONFIG["GROUPS"] * CONFIG["STEPS"]))
     with torch.cuda.device_of(weight):
         widen_w4_kernel[grid](
-            weight.view(torch.int8).contiguous(), weight_scale.contiguous(), *outputs, n, 2 * half, KIND=kind, **CONFIG
-        )
-    return outputs
+            weight.view(torch.int8).contiguous(), weight_scale.contiguous(), w8, row_scale, weight_sum, n, 2 * half,
+            KIND=kind, **CONFIG,
+        )  # fmt: skip
+    return w8, row_scale, weight_sum
 
 
-@widen_w4.register_fake
+@custom_op(widen_w4).register_fake
 def widen_w4_fake(weight: Tensor, weight_scale: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     check(weight, weight_scale, kind)
-    n, k = weight.shape[0], weight.shape[1] * 2
-    return (
-        weight.new_empty((n, k), dtype=KINDS[kind]),
-        weight.new_empty((n,), dtype=torch.float32),
-        weight.new_empty((n if kind == "uint8" else 0,), dtype=torch.int32),
-    )
+    return outputs(weight, kind)
 
 
 def compile_cases(arch: str) -> dict[str, tuple]:
