@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from comfyui_svdquant.svdq_core import backends
-from comfyui_svdquant.svdq_core.benchmark import FLUX_SHAPES
+from comfyui_svdquant.svdq_core.benchmark import FLUX_SHAPES, gpu_times
 from comfyui_svdquant.svdq_core.formats import BRANCH_FORMATS, get_format
 from comfyui_svdquant.svdq_core.implementations import IMPLEMENTATIONS, branch
 from comfyui_svdquant.svdq_core.linear import QuantizedLinear
@@ -121,17 +121,12 @@ def milliseconds(runs: dict[str, Run], device: torch.device) -> dict[str, float]
 
 
 def timed(run: Run, device: torch.device) -> float:
-    """Milliseconds of one call, on a GPU by its own clock."""
+    """Milliseconds of one call, on a GPU its own time."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return gpu_times(run, 1)[0]
 
 
 def shape_result(fmt: str, m: int, k: int, n: int, rank: int, device: torch.device) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """What the benchmarks of single kernels share: the GPU, the shapes, and a line of results."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
-from comfyui_svdquant.svdq_core.benchmark import FLUX_SHAPES, input_of
+from comfyui_svdquant.svdq_core.benchmark import FLUX_SHAPES, gpu_times, input_of
 from comfyui_svdquant.svdq_core.deferred import operands
 from torch import Tensor
-from triton.testing import do_bench
 
 TOKENS, RANK = 4608, 32  # of FLUX.1 at 1024 x 1024
 SHAPES = FLUX_SHAPES  # (K, N)
@@ -28,7 +28,9 @@ def compare(name: str, runs: dict[str, Callable[[], Any]], work: float, unit: st
 
     Times are the GPU's own, with a cold L2 cache.
     """
-    times = {run: do_bench(call, return_mode="median") for run, call in runs.items()}
+    for call in runs.values():  # compiles
+        call()
+    times = {run: statistics.median(gpu_times(call, 50, cold=True)) for run, call in runs.items()}
     baseline = times[list(times)[-1]]
     for run, ms in times.items():
         print(f"{name:>16}  {run:<28} {ms:8.3f} ms  {work / ms * 1e3:8.2f} {unit}  {baseline / ms:5.2f}x")

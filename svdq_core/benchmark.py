@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,22 +99,50 @@ def sixteen_bit(layer: QuantizedLinear, before: Callable[[], Tensor]) -> Callabl
     return lambda: torch.nn.functional.linear(plain(before()), weight, layer.bias)
 
 
-QUEUED = 20  # calls between two looks at the clock on a GPU: a model queues its linears, and waits for none of them
-
-
 def median_ms(run: Callable[[], Tensor], gpu: bool, repeats: int = 9) -> float:
-    """Median time of a call in milliseconds, after warm-up. On a GPU one of several queued ones, which find the
-    weight in the L2 cache where it fits: a model's do not, so expect a little more."""
+    """Median time of a call in milliseconds, after warm-up; on a GPU by :func:`gpu_times`."""
+    for _ in range(2):
+        run()
+    if gpu:
+        return statistics.median(gpu_times(run, 2 * repeats))
     times = []
-    calls = QUEUED if gpu else 1
-    for i in range(repeats + 2):
-        if gpu:
-            torch.cuda.synchronize()
+    for _ in range(repeats):
         start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        if gpu:
-            torch.cuda.synchronize()
-        if i >= 2:
-            times.append(1e3 * (time.perf_counter() - start) / calls)
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
+
+
+def gpu_times(run: Callable[[], Any], calls: int, cold: bool = False) -> list[float]:
+    """Milliseconds that the current GPU works on each of some calls, of which none may be the first.
+
+    Calls are queued behind other work, as in a model: a linear takes the host longer to queue than a large GPU to
+    compute, so a GPU that had nothing to do would be timed waiting. ``cold``: with nothing in its L2 cache. Else the
+    weight is found there if it fits, which a model's is not, so expect a little more.
+    """
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    rubbish = torch.empty(2**28 if cold else 0, dtype=torch.int8, device="cuda")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    keep_busy(calls * (time.perf_counter() - start))
+    for before, after in events:
+        rubbish.zero_()
+        before.record()
+        run()
+        after.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in events]
+
+
+def keep_busy(seconds: float) -> None:
+    """Queue products of matrices that take the current GPU twice as long."""
+    matrix = torch.zeros(4096, 4096, dtype=torch.float16, device="cuda")
+    done = torch.empty_like(matrix)
+    torch.mm(matrix, matrix, out=done)  # the first one loads libraries
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    torch.mm(matrix, matrix, out=done)
+    torch.cuda.synchronize()
+    for _ in range(1 + int(2 * seconds / (time.perf_counter() - start))):
+        torch.mm(matrix, matrix, out=done)

@@ -14,6 +14,7 @@ from comfyui_svdquant.svdq_core import backends
 from comfyui_svdquant.svdq_core.formats import FORMATS, get_format
 from comfyui_svdquant.svdq_core.implementations import FUSED_MLP, IMPLEMENTATIONS, branch, torch_linear, torch_mlp
 from comfyui_svdquant.svdq_core.linear import linear_forward
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8 import need
 from sampling import error_db
@@ -352,6 +353,24 @@ def test_failure_for_one_shape(monkeypatch, force, caplog):
     assert caplog.text.count("is not used on cpu for 128 inputs and 192 outputs (RuntimeError: out of resource") == 1
 
 
+def test_it_is_chosen_once_until_it_fails(monkeypatch, force, caplog):
+    """The host has no time to choose for every linear of a model."""
+    force("triton-w4a8-int8")
+    works, chosen, working = [True], [], backends.working
+    monkeypatch.setattr(backends, "working", lambda *about: chosen.append(1) or working(*about))
+
+    def some(x, layer):
+        return 1 * torch_linear(x, layer) if works[0] else exec("raise RuntimeError('no longer')")
+
+    replace_triton(monkeypatch, some)
+    for works[0], times in ((True, 1), (True, 1), (False, 2), (True, 2)):
+        layer, x = layer_and_input()
+        assert torch.equal(backends.linear(x, layer), torch_linear(x, layer)) and len(chosen) == times
+        (name,) = {way.name for way in backends.CHOSEN.values()}
+        assert name == ("triton-w4a8-int8" if times == 1 else "torch")
+    assert caplog.text.count("is not used on cpu for 128 inputs and 128 outputs (RuntimeError: no longer)") == 1
+
+
 def test_out_of_memory_is_comfyuis_business(monkeypatch, force):
     force("triton-w4a8-int8")
 
@@ -451,14 +470,17 @@ def test_wrong_variable_is_ignored(caplog):
     assert "SVDQUANT_BACKEND=tritn is ignored" in caplog.text and "triton-widened-int8" in caplog.text
 
 
-def test_unchecked_is_not_captured(monkeypatch, force, caplog):
+def test_unchecked_is_not_captured(kernel_device, monkeypatch, force, caplog):
     """Whether a stream captures is asked of the GPU; what follows from it is the same here."""
     force("triton-w4a8-int8")
     monkeypatch.setattr(backends, "capturing", lambda device: True)
-    layer, x = layer_and_input()
+    layer, x = layer_and_input(device=kernel_device)
     for _ in range(2):
         assert torch.equal(backends.linear(x, layer), torch_linear(x, layer))
     assert caplog.text.count("triton-w4a8-int8 is not used in a CUDA graph") == 1 and not backends.REJECTED
+    monkeypatch.setattr(backends, "capturing", lambda device: False)
+    backends.linear(x, layer)
+    assert [way.name for way in backends.CHOSEN.values()] == ["triton-w4a8-int8"], "chosen after the graph"
 
 
 # ---- the linear ------------------------------------------------------------------------------------------
@@ -519,8 +541,8 @@ def test_ragged_batches_and_other_dtypes(name, dtypes, kernel_device):
     assert found.dtype == dtypes[0] and error_db(found, wanted.double()) < implementation.tolerance_db
 
 
-def test_through_the_op(kernel_device, force):
-    """SVDQUANT_BACKEND=triton on a CPU: the same op, choice and check as on a GPU, with an empty input, too."""
+def test_what_is_forced_runs(kernel_device, force):
+    """SVDQUANT_BACKEND=triton on a CPU: the same choice and check as on a GPU, with an empty input, too."""
     force("triton-w4a4")
     layer, x = layer_and_input(device=kernel_device)
     wanted = IMPLEMENTATIONS["int4", "triton-w4a4"].run(x, layer)
@@ -529,6 +551,24 @@ def test_through_the_op(kernel_device, force):
     assert not torch.equal(found, torch_linear(x, layer)[None]), "this was plain torch"
     assert backends.linear(x[:0], layer).shape == (0, 128)
     assert torch.equal(backends.linear(x.float(), layer), torch_linear(x.float(), layer))
+
+
+def test_only_who_traces_sees_the_op(kernel_device, force, monkeypatch):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ops.append(func)
+            return func(*args, **kwargs or {})
+
+    force("triton-w4a4")
+    ops, (layer, x) = [], layer_and_input(device=kernel_device)
+    wanted = backends.linear(x, layer)
+    monkeypatch.setattr(backends, "opaque_linear", None)
+    assert torch.equal(backends.linear(x, layer), wanted)
+    monkeypatch.undo()
+    force("triton-w4a4")
+    with Seen():
+        assert torch.equal(backends.linear(x, layer), wanted)
+    assert torch.ops.svdquant.linear.default in ops
 
 
 def test_gradients(kernel_device, force):

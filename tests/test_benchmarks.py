@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import gpu
 from host.install import ROOT
 
 
@@ -37,6 +38,22 @@ def test_model(comfy_path: Path, tmp_path: Path):
     names = ["bf16", *(f"int4, activations {a}" for a in ("auto", "4 bit", "8 bit")), "int4, auto, none deferred"]
     assert [(row["model"], row["loras"]) for row in rows] == [(name, loras) for name in names for loras in (0, 1)]
     assert rows[0]["weights_gib"] > 1.5 * rows[2]["weights_gib"]
+
+
+ONE_MODEL = "import sys, benchmark_host as b; b.ROUNDS = 1; b.FORMATS = ['int4']; b.ACTIVATIONS = ['4 bit']; b.main()"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: the emulated driver is preloaded")
+def test_host(comfy_path: Path, tmp_path: Path):
+    """On a GPU that does nothing."""
+    env = {**os.environ, **gpu.environment(gpu.build(tmp_path), idle="1", arch="80")}
+    env["PYTHONPATH"] += os.pathsep + str(ROOT / "benchmarks")
+    command = [sys.executable, "-c", ONE_MODEL, "--json", str(tmp_path / "host.json")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plain, quantized = json.loads((tmp_path / "host.json").read_text())["rows"]
+    assert plain["through"] == [] and quantized["through"][0] == "triton-w4a4" and quantized["ratio"] > 1
+    assert 19 * quantized["double"] + 38 * quantized["single"] == pytest.approx(1000 * quantized["step_ms"])
 
 
 @pytest.mark.parametrize("script", ["benchmark_linear.py", "benchmark_model.py"])

@@ -155,7 +155,7 @@ def test_the_linear(library: Path):
 
 def test_the_choice(library: Path):
     """Some tests of it, as they run where there is a GPU."""
-    names = ("through_the_op", "gradients", "log_says_what_runs", "opcheck", "wrong_fused_mlp_is_not_used")
+    names = ("what_is_forced_runs", "gradients", "log_says_what_runs", "opcheck", "wrong_fused_mlp_is_not_used")
     tests = [f"{ROOT / 'tests' / 'test_backends.py'}::test_{name}" for name in names]
     command = [Path(sys.executable).with_name("pytest"), "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     env = {**os.environ, **gpu.environment(library)}

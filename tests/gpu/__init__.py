@@ -4,7 +4,8 @@
 `operators.py` runs torch's operators on that memory, and `kernels.py` compiled Triton kernels (as PTX, `tests/ptx`).
 `environment()` is what a child process needs to see it. So the code that only runs on a GPU is tested without one: the
 choice of kernels, CUDA graphs, devices that do not match, partly loaded models, ComfyUI's dynamic VRAM. It knows
-nothing of speed, and comfy-kitchen's compiled kernels do not run on it.
+nothing of speed, and comfy-kitchen's compiled kernels do not run on it. Idle (`idle.py`), it computes nothing, and what
+is left is the host's time.
 """
 
 import os
@@ -33,5 +34,5 @@ def environment(library: Path, **settings: str) -> dict[str, str]:
     """For a child process; ``settings`` as ``mib="4096"`` are those of driver.c."""
     paths = [str(HERE / "start"), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     named = {f"SVDQ_GPU_{name.upper()}": value for name, value in settings.items()}
-    visible = {"CUDA_VISIBLE_DEVICES": "0", "TRITON_INTERPRET": "0"}
+    visible = {"CUDA_VISIBLE_DEVICES": "0", "TRITON_INTERPRET": "0", "TRITON_LIBCUDA_PATH": str(library.parent)}
     return {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(paths), **visible, **named}

@@ -2,7 +2,8 @@
 
    Meaner than a GPU: memory that nobody wrote is NaN, and what is copied asynchronously arrives when somebody waits for
    it or asks, never before. SVDQ_GPU_MIB is the size of the memory, SVDQ_GPU_ARCH the compute capability (89), and with
-   SVDQ_GPU_NO_WAIT=1 streams do not wait for events, which shows that a test would see a missing wait.
+   SVDQ_GPU_NO_WAIT=1 streams do not wait for events, which shows that a test would see a missing wait. With
+   SVDQ_GPU_IDLE=1 kernels are launched, and do nothing: what is left is the time that the host needs.
    Of the API there is what torch, ComfyUI and comfy-aimdo call; everything else fails as on a machine without a driver.
    Names and meanings: CUDA Runtime API and CUDA Driver API, version 13. */
 
@@ -18,6 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define SHARED (setting("SVDQ_GPU_IDLE", 0) ? 232448 : 101376) /* bytes; compiled code is not looked at if idle */
 #define PAGE ((size_t)2 << 20) /* of virtual memory */
 #define API __attribute__((visibility("default")))
 
@@ -298,7 +300,7 @@ static int attribute(int which) {
     case CU_DEVICE_ATTRIBUTE_WARP_SIZE: return 32;
     case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: return 1024;
     case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: return 1536;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: return 101376;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: return SHARED;
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
     case CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED:
     case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: return 1;
@@ -324,11 +326,15 @@ API cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
     p->maxThreadsPerBlock = 1024;
     p->maxThreadsPerMultiProcessor = 1536;
     p->regsPerMultiprocessor = 65536;
-    p->sharedMemPerBlockOptin = 101376;
+    p->sharedMemPerBlockOptin = SHARED;
+    p->maxGridSize[0] = 0x7FFFFFFF;
+    p->maxGridSize[1] = p->maxGridSize[2] = 65535;
     return 0;
 }
 
-/* ---- kernels: none; torch registers its own, and gets an error for each that it launches */
+/* ---- kernels: none; torch registers its own, and gets an error for each that it launches, or silence */
+
+static int launched(void) { return setting("SVDQ_GPU_IDLE", 0) ? 0 : fail(cudaErrorInvalidDeviceFunction); }
 
 API void **__cudaRegisterFatBinary(void *binary) { static void *handle; return &handle; }
 API void __cudaRegisterFatBinaryEnd(void **handle) {}
@@ -343,11 +349,11 @@ API unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, v
 API cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) { return 0; }
 API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                    cudaStream_t stream) {
-    return fail(cudaErrorInvalidDeviceFunction);
+    return launched();
 }
 API cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                  cudaStream_t stream) {
-    return fail(cudaErrorInvalidDeviceFunction);
+    return launched();
 }
 
 /* ---- the driver API, as comfy-aimdo's dynamic VRAM calls it */
@@ -382,6 +388,26 @@ API CUresult cuEventCreate(CUevent *e, unsigned flags) { return cudaEventCreateW
 API CUresult cuEventDestroy(CUevent e) { return cudaEventDestroy(e); }
 API CUresult cuEventRecord(CUevent e, CUstream s) { return cudaEventRecord(e, s); }
 API CUresult cuEventSynchronize(CUevent e) { return cudaEventSynchronize(e); }
+
+/* Triton's own driver, which is used if idle */
+
+API CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { return cuCtxGetCurrent(c); }
+API CUresult cuCtxGetLimit(size_t *size, CUlimit limit) { *size = 0; return 0; }
+API CUresult cuCtxSetLimit(CUlimit limit, size_t size) { return 0; }
+API CUresult cuModuleLoadData(CUmodule *m, const void *code) { *m = (void *)1; return 0; }
+API CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) { *f = (void *)1; return 0; }
+API CUresult cuFuncGetAttribute(int *v, CUfunction_attribute which, CUfunction f) {
+    *v = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+    return 0;
+}
+API CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute which, int v) { return 0; }
+API CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return 0; }
+API CUresult cuPointerGetAttribute(void *v, CUpointer_attribute which, CUdeviceptr p) {
+    *(CUdeviceptr *)v = p;
+    return 0;
+}
+API CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; return 0; }
+API CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **arguments, void **more) { return launched(); }
 
 struct physical { int file; size_t size; };
 
