@@ -16,7 +16,7 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_kernels
+from ..triton_kernels.tiles import FEW, MEASURED, SOME, size_class
 from .checkpoint import TOOL
 from .deferred import Deferred, gelu, plain, rows
 from .formats import AWQ, FORMATS, Format
@@ -58,7 +59,6 @@ FORCED = forced_by(os.environ.get("SVDQUANT_BACKEND", ""))
 # to scale their results in time.
 INT4_FIRST = {"sm86", "sm87", "sm89"}
 TCGEN05 = {"sm100", "sm101", "sm103"}  # Triton reaches it with fp8 only, and sm103 has few int8 units
-FEW, SOME = 16, 512  # tokens: a GEMM is bound by reading the weight up to about SOME, so widening it first costs most
 
 
 def fp8_first(arch: str, size: int, k: int) -> bool:
@@ -73,16 +73,11 @@ def shipped_order(arch: str, fmt: str, size: int, k: int) -> list[str]:
     if fmt != "int4":
         return [name for f, name in IMPLEMENTATIONS if f == fmt]
     kinds = ("fp8", "int8") if fp8_first(arch, size, k) else ("int8", "fp8")
-    ways = ("w4a8", "widened") if size else ("widened", "w4a8")
+    ways = ("w4a8", "widened") if size else ("widened", "w4a8")  # for few tokens, widening first costs most
     eight = [f"triton-{way}-{kind}" for kind in kinds for way in ways]
     if arch in INT4_FIRST:
         return ["kitchen-w4a4", *eight, "triton-w4a4", "torch", "torch-w4a8"]
     return [*eight, "triton-w4a4", "kitchen-w4a4", "torch", "torch-w4a8"]
-
-
-def size_class(m: int) -> int:
-    """Tokens in classes: FEW, SOME, or 0 for more."""
-    return FEW if m <= FEW else SOME if m <= SOME else 0
 
 
 @cache
@@ -129,7 +124,7 @@ def installed_version(library: str) -> str | None:
         return None
 
 
-Times = dict[str, float]  # milliseconds by implementation
+Times = dict[str, float]  # milliseconds by implementation; where tiles are stored beside them, values by name
 
 
 def read_measurements(path: Path) -> dict[str, dict[str, Times]]:
@@ -147,11 +142,11 @@ def read_measurements(path: Path) -> dict[str, dict[str, Times]]:
         return {}
 
 
-def store_measurements(device: torch.device, measured: dict[str, Times]) -> Path:
-    """Add times of ``device``, and use them from now on."""
+def store_measurements(device: torch.device, measured: Mapping[str, Mapping[str, float]]) -> Path:
+    """Add times of ``device``, or tiles, and use them from now on."""
     path = measurements_file()
     content = read_measurements(path)
-    content.setdefault(device_key(device), {}).update(measured)
+    content.setdefault(device_key(device), {}).update({key: dict(values) for key, values in measured.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -166,8 +161,18 @@ def shape_key(fmt: str, size: int, k: int, n: int) -> str:
 
 @cache
 def measured_times(device: torch.device) -> dict[str, Times]:
-    """By shape key."""
-    return read_measurements(measurements_file()).get(device_key(device), {})
+    """By shape key; tiles that were measured are the kernels' from here on."""
+    found = read_measurements(measurements_file()).get(device_key(device), {})
+    for key, values in found.items():
+        tiled = re.fullmatch(r"tiles (.+) ([0-9]+) ([0-9]+) ([0-9]+)", key)  # see tiles_key
+        if tiled:
+            place = (device, tiled[1], int(tiled[2]), int(tiled[3]), int(tiled[4]))
+            MEASURED[place] = tuple((name, int(value)) for name, value in values.items())
+    return found
+
+
+def tiles_key(kernel: str, size: int, k: int, n: int) -> str:
+    return f"tiles {kernel} {size} {k} {n}"
 
 
 def nearest_times(device: torch.device, fmt: str, size: int, k: int, n: int) -> Times:
@@ -215,7 +220,7 @@ def forget() -> None:
     """Choose anew: the measured times, or a test's conditions, have changed."""
     for cached in (ranked, measured_times):
         cached.cache_clear()
-    for memory in (REJECTED, RIGHT, SAID, LAST_USED, CHOSEN):
+    for memory in (REJECTED, RIGHT, SAID, LAST_USED, CHOSEN, MEASURED):
         memory.clear()
 
 

@@ -14,6 +14,7 @@ from .deferred import Deferred, plain
 from .formats import get_format
 from .implementations import IMPLEMENTATIONS, Implementation
 from .linear import QuantizedLinear
+from .tuning import tune
 
 FLUX_SHAPES = ((3072, 9216), (3072, 3072), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072))  # (K, N)
 BEFORE = {shape: "gelu" if shape[1] == 3072 else "norm" for shape in FLUX_SHAPES if shape != (3072, 3072)}
@@ -29,11 +30,11 @@ def rows(gpu: bool, tokens: int | None, fmt: str) -> list[tuple[str, int, int, i
     return [*many, *((fmt, 512, k, n) for k, n in FLUX_SHAPES[:4]), *(("awq", 1, k, n) for k, n in MODULATION_SHAPES)]
 
 
-def bench(device: torch.device, tokens: int | None, fmt: str = "int4") -> None:
+def bench(device: torch.device, tokens: int | None, fmt: str = "int4", tiles: bool = False) -> None:
     """Print milliseconds, ratios and the choice per shape. The baseline is ``torch.nn.functional.linear``, in 16 bit.
 
     On a GPU every implementation is timed, with what FLUX has before the linear, and so is the baseline; from then on
-    the fastest of the right ones runs there.
+    the fastest of the right ones runs there. ``tiles``: with the fastest tiles for our kernels, which takes minutes.
     """
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -45,6 +46,9 @@ def bench(device: torch.device, tokens: int | None, fmt: str = "int4") -> None:
         before = input_of(x, BEFORE.get((k, n), "") if gpu and each != "awq" else "")
         baseline = median_ms(sixteen_bit(layer, before), gpu)
         times = measure(layer, before) if gpu else {}
+        if times and tiles:
+            backends.store_measurements(device, found_tiles(layer, before, times))
+            times = measure(layer, before)
         if times:
             backends.store_measurements(device, {backends.shape_key(each, backends.size_class(m), k, n): times})
         ms = median_ms(lambda before=before, layer=layer: backends.linear(before(), layer), gpu)  # type: ignore[misc]
@@ -69,6 +73,7 @@ def input_of(x: Tensor, before: str) -> Callable[[], Tensor]:
 def measure(layer: QuantizedLinear, before: Callable[[], Tensor]) -> dict[str, float]:
     """Milliseconds of every implementation that can run the layer on the input's device and gives the right result."""
     (n, k), x = layer.shape, before()
+    backends.measured_times(x.device)  # with the tiles that are stored
     size, arch, times = backends.size_class(x.shape[0]), backends.device_arch(x.device), {}
     for implementation in IMPLEMENTATIONS.values():
         if implementation.fmt != layer.fmt.name or implementation.why_not(arch) or not implementation.takes(k, n):
@@ -78,16 +83,37 @@ def measure(layer: QuantizedLinear, before: Callable[[], Tensor]) -> dict[str, f
     return {name: ms for name, ms in times.items() if ms is not None}
 
 
+IN_REACH = 2.0  # times the fastest: what tiles may make up for
+
+
+def found_tiles(
+    layer: QuantizedLinear, before: Callable[[], Tensor], times: dict[str, float]
+) -> dict[str, dict[str, int]]:
+    """The fastest tiles for the kernels of our implementations that are not far from the fastest."""
+    found: dict[str, dict[str, int]] = {}
+    x, fmt = before(), layer.fmt.name
+    for name, ms in times.items():
+        implementation = IMPLEMENTATIONS[fmt, name]
+        if implementation.library == "triton" and ms < IN_REACH * min(times.values()):
+            size = backends.size_class(x.shape[0])
+            way = next(backends.ways(implementation, x, layer.act_unsigned, size))
+            run = partial(run_way, way, layer, before)
+            tiles, old, new = tune(way, layer, run, partial(median_ms, run, x.is_cuda))
+            print(f"{name:>48}: {old:.3f} ms with the tiles it ships with, {new:.3f} ms with the fastest")
+            found |= tiles
+    return found
+
+
+def run_way(way: Implementation, layer: QuantizedLinear, before: Callable[[], Tensor]) -> Tensor:
+    return way.run(before() if way.before else plain(before()), layer)
+
+
 def time_of(implementation: Implementation, layer: QuantizedLinear, before: Callable[[], Tensor]) -> float | None:
     """Milliseconds; None, with the reason on the screen, if it cannot run this shape."""
     x = before()
-
-    def run(way: Implementation) -> Tensor:
-        return way.run(before() if way.before else plain(before()), layer)
-
     for way in backends.ways(implementation, x, layer.act_unsigned, backends.size_class(x.shape[0])):
         try:
-            return median_ms(partial(run, way), x.is_cuda)
+            return median_ms(partial(run_way, way, layer, before), x.is_cuda)
         except Exception as error:
             print(f"{way.name}: {backends.describe(error)}")
     return None

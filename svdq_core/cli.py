@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     b.add_argument("--tokens", type=int, help="M (default: 4608 on a GPU, 256 on a CPU)")
     b.add_argument("--format", choices=BRANCH_FORMATS, default="int4")
+    b.add_argument("--tiles", action="store_true", help="look for the fastest tiles of our kernels first: minutes")
     b.set_defaults(run=run_bench)
     return top
 
@@ -123,6 +124,8 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """``svdquant bench``."""
-    started = time.monotonic()
-    bench(torch.device(arguments.device), arguments.tokens, arguments.format)
+    started, device = time.monotonic(), torch.device(arguments.device)
+    if arguments.tiles and device.type != "cuda":
+        raise SVDQuantError("--tiles needs a GPU: the kernels' tiles are a GPU's.")
+    bench(device, arguments.tokens, arguments.format, arguments.tiles)
     print(f"measured in {time.monotonic() - started:.0f} s", file=sys.stderr)

@@ -78,6 +78,11 @@ def test_refusals_are_one_line_without_traceback(folder):
         assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_tiles_are_a_gpus():
+    done = svdquant("bench", "--device", "cpu", "--tiles")
+    assert done.returncode == 1 and "--tiles needs a GPU" in done.stderr
+
+
 def test_bench_prints_ratios():
     done = svdquant("bench", "--tokens", "2", env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr

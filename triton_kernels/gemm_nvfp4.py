@@ -22,14 +22,28 @@ from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, tile_of
 from .gemm_w8a8 import BLOCK_R, add_branch
+from .tiles import Tiles, measured
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 NATIVE = ("sm100", "sm103", "sm120", "sm121")
 
 
+CHOICES = {
+    "BLOCK_M": (32, 64, 128),
+    "BLOCK_N": (64, 128, 256),
+    "BLOCK_K": (64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
+
+
 @cache
-def config(part: str, m: int) -> dict[str, int]:
-    """Tiles by spills, shared memory and instructions of the compiled code, not measured."""
+def config(part: str, m: int, found: Tiles = ()) -> dict[str, int]:
+    """Tiles by spills, shared memory and instructions of the compiled code, and what was measured to be better."""
+    return shipped(part, m) | dict(found)
+
+
+def shipped(part: str, m: int) -> dict[str, int]:
     native, amd = part in NATIVE, part.startswith("gfx")
     tiles = {"NATIVE": native, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     if part == "cpu":
@@ -140,7 +154,7 @@ def gemm_nvfp4(
     y = hidden.new_empty((m, n))
     if m == 0:
         return y
-    tiles = config(arch(codes.device), m)
+    tiles = config(arch(codes.device), m, measured("gemm_nvfp4", CHOICES, codes.device, m, 2 * half, n))
     scale_type = torch.float8_e4m3fn if tiles["NATIVE"] else torch.uint8  # Ampere has no e4m3, not even to load
     grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, block_r, branch_and_bias, cdiv, custom_op, expect, tile_of
+from .tiles import Tiles, measured
 
 
 @triton.jit
@@ -158,16 +159,20 @@ def gemm_w4a4_kernel(
     tl.store(y_ptr + rows[:, None] * N + columns[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+CHOICES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5)}
+
+
 @cache
-def config(arch: str, m: int) -> dict[str, int]:
-    """Tile, warps, pipeline, from compiled instruction counts (docs/kernels_w4a4.md), not from timings."""
+def config(arch: str, m: int, found: Tiles = ()) -> dict[str, int]:
+    """Tile, warps, pipeline, from compiled instruction counts (docs/kernels_w4a4.md), and what was measured to be
+    better."""
     conf = {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 4}
     if arch.startswith("gfx"):
         conf |= {"num_warps": 8, "num_stages": 2, "BLOCK_N": 128 if arch.startswith("gfx9") else 64}
     if m <= 64:
         conf |= {"BLOCK_M": 64, "num_warps": 4}
     # wgmma adds in place, so that a start costs a move per sum; AMD converts at full rate
-    return conf | {"PTX": arch.startswith("sm"), "MAGIC": arch != "sm90" and not arch.startswith("gfx")}
+    return conf | {"PTX": arch.startswith("sm"), "MAGIC": arch != "sm90" and not arch.startswith("gfx")} | dict(found)
 
 
 def check(
@@ -216,7 +221,7 @@ def gemm_w4a4(
     if m == 0 or n == 0:
         return y
     hidden, proj_up = rowwise(hidden), rowwise(proj_up)
-    conf = config(arch(codes.device), m)
+    conf = config(arch(codes.device), m, measured("gemm_w4a4", CHOICES, codes.device, m, 2 * codes.shape[1], n))
     grid = (cdiv(m, conf["BLOCK_M"]) * cdiv(n, conf["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
         gemm_w4a4_kernel[grid](

@@ -23,19 +23,31 @@ from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, tile_of
 from .rounding import MAGIC, codes_of, columns_at_once, expect_e4m3, has_e4m3
+from .tiles import Tiles, measured
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 BLOCK_R = 32
 
 
+CHOICES = {
+    "BLOCK_M": (32, 64, 128, 256),
+    "BLOCK_N": (64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
+
+
 @cache
-def config(part: str, m: int, k: int, fp8: bool) -> dict[str, int]:
-    """Tiles for a part, a shape and the kind of codes; the sums of long rows of fp8 are kept twice."""
+def config(part: str, m: int, k: int, fp8: bool, found: Tiles = ()) -> dict[str, int]:
+    """Tiles for a part, a shape and the kind of codes, and what was measured to be better.
+
+    The sums of long rows of fp8 are kept twice, so the shipped tile is half as high there.
+    """
     tiles = tiles_of(part, m)
     at_once = columns_at_once(part, k) if fp8 else 0
     if at_once:
         tiles = tiles | {"BLOCK_M": tiles["BLOCK_M"] // 2}
-    return tiles | {"PARTS": at_once // 64}
+    return tiles | {"PARTS": at_once // 64} | dict(found)
 
 
 def tiles_of(part: str, m: int) -> dict[str, int]:
@@ -154,7 +166,9 @@ def gemm_w4a8(
     y = hidden.new_empty((m, n))
     if m == 0:
         return y
-    tiles = config(part, m, k, codes.dtype != torch.int8)
+    fp8 = codes.dtype != torch.int8
+    found = measured("gemm_w4a8 fp8" if fp8 else "gemm_w4a8 int8", CHOICES, codes.device, m, k, n)
+    tiles = config(part, m, k, fp8, found)
     grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
         gemm_w4a8_kernel[grid](

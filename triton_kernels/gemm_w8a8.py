@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, tile_of
 from .rounding import columns_at_once, expect_e4m3, has_e4m3
+from .tiles import Tiles, measured
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 BLOCK_R = 32
@@ -44,13 +45,20 @@ CONFIGS = {
     "cpu": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1},
 }
 NEAREST = {"sm87": "sm86", "sm103": "sm100", "sm121": "sm120", "gfx950": "gfx942", "gfx1200": "gfx1201"}
+CHOICES = {
+    "BLOCK_M": (32, 64, 128, 256),
+    "BLOCK_N": (64, 128, 256),
+    "BLOCK_K": (64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
 WAVE = 96  # tiles below which a large part is not filled
 
 
 @cache
-def config(part: str, m: int, n: int, k: int, fp8: bool) -> dict[str, int]:
-    """Tiles for a part, a shape and the kind of codes."""
-    tiles = tiles_of(part, m, n, fp8)
+def config(part: str, m: int, n: int, k: int, fp8: bool, found: Tiles = ()) -> dict[str, int]:
+    """Tiles for a part, a shape and the kind of codes, and what was measured to be better."""
+    tiles = tiles_of(part, m, n, fp8) | dict(found)
     at_once = columns_at_once(part, k) if fp8 else 0
     if at_once:
         tiles = tiles | {"BLOCK_N": min(tiles["BLOCK_N"], 128)}
@@ -171,7 +179,9 @@ def gemm_w8a8(
     y = hidden.new_empty((m, n))
     if m == 0:
         return y
-    tiles = config(part, m, n, k, codes.dtype != torch.int8)
+    fp8 = codes.dtype != torch.int8
+    found = measured("gemm_w8a8 fp8" if fp8 else "gemm_w8a8 int8", CHOICES, codes.device, m, k, n)
+    tiles = config(part, m, n, k, fp8, found)
     grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
         gemm_w8a8_kernel[grid](

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, group_scales, pack_codes, quotient, round_to_code
 from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
+from .tiles import Tiles, measured
 
 GELU_SHIFT = tl.constexpr(0.171875)
 WIDER = tl.constexpr(4)  # blocks at once, where nothing but mean and variance is made of them
@@ -131,8 +132,11 @@ def store_codes(
         tl.store(codes_at, pack_codes(codes, BLOCK_M, BLOCK_K), mask=codes_mask)
 
 
+CHOICES = {"BLOCK_M": (16, 32), "BLOCK_K": (64, 128, 256), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+
+
 @cache
-def config(arch: str, rank: int, dtype: torch.dtype, plain: bool) -> dict[str, int]:
+def config(arch: str, rank: int, dtype: torch.dtype, plain: bool, found: Tiles = ()) -> dict[str, int]:
     """Blocks, warps, pipeline; not measured. Few rows per program, so that a 4608-token image fills the GPU, and eight
     columns per thread: every step then has the same layout, and none is done twice. proj_down must fit in shared
     memory; columns of a wider one go to other programs, which read x again."""
@@ -145,7 +149,7 @@ def config(arch: str, rank: int, dtype: torch.dtype, plain: bool) -> dict[str, i
         conf |= {"num_stages": 1}
     if arch.startswith("gfx1"):
         conf |= {"BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
-    return conf
+    return conf | dict(found)
 
 
 def check(x: Tensor, smooth_factor: Tensor, proj_down: Tensor, *before: Tensor | None) -> int:
@@ -182,7 +186,8 @@ def quantize_act(
     if m == 0:
         return codes, scales, hidden
     given, parts = arguments(x, tail, mult, shift, eps)
-    conf = config(arch(x.device), rank, x.dtype, given["BEFORE"] == "")
+    found = measured(f"quantize_act {given['BEFORE']}".strip(), CHOICES, x.device, m, k, rank)
+    conf = config(arch(x.device), rank, x.dtype, given["BEFORE"] == "", found)
     width = conf["BLOCK_K"] * (WIDER.value if given["BEFORE"] == "norm" else 1)
     even = k % width == x.shape[1] % width == 0 and rank > 0 and rank % conf["BLOCK_R"] == 0
     blocks = parts * cdiv(m // parts, conf["BLOCK_M"])

@@ -22,16 +22,20 @@ from .common import FLOATS, arch, cdiv, custom_op, expect
 from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
 from .quantize_token import GELU_SHIFT, block_r, project, smoothed
 from .rounding import divide, magnitude_bits, reciprocal, round_half_even
+from .tiles import Tiles, measured
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 
 
+CHOICES = {"BLOCK_M": (16, 32), "BLOCK_K": (64, 128, 256), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+
+
 @cache
-def config(part: str) -> dict[str, int]:
+def config(part: str, found: Tiles = ()) -> dict[str, int]:
     """16 rows, as many columns as the registers of the compiled code hold; not measured."""
     amd = part.startswith("gfx")
     tiles = {"BLOCK_M": 16, "BLOCK_K": 64 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
-    return tiles | {"PTX": part.startswith("sm")}
+    return tiles | {"PTX": part.startswith("sm")} | dict(found)
 
 
 @triton.jit
@@ -147,7 +151,8 @@ def quantize_nvfp4(
     if m == 0:
         return codes, scales, hidden
     given, parts = arguments(x, tail, mult, shift, eps)
-    tiles, width = config(arch(x.device)), block_r(rank)
+    found = measured(f"quantize_nvfp4 {given['BEFORE']}".strip(), CHOICES, x.device, m, k, rank)
+    tiles, width = config(arch(x.device), found), block_r(rank)
     even = k % tiles["BLOCK_K"] == x.shape[1] % tiles["BLOCK_K"] == 0 and rank > 0 and rank % width == 0
     with torch.cuda.device_of(x):
         quantize_nvfp4_kernel[(parts * cdiv(m // parts, tiles["BLOCK_M"]), max(1, cdiv(rank, width)))](

@@ -27,6 +27,7 @@ from torch import Tensor
 from .common import FLOATS, arch, cdiv, custom_op, expect, quotient
 from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
 from .rounding import divide, expect_e4m3, has_e4m3, magnitude_bits, reciprocal, round_half_even, safe_scale
+from .tiles import Tiles, measured
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 KINDS = {"int8": torch.int8, "uint8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -34,8 +35,11 @@ GELU_SHIFT = 0.171875
 WIDEST_RANK = 64  # columns of proj_down that one program multiplies; those beyond go to others, which read x again
 
 
+CHOICES = {"BLOCK_M": (16, 32), "BLOCK_K": (128, 256, 512), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+
+
 @cache
-def config(part: str) -> dict[str, int]:
+def config(part: str, found: Tiles = ()) -> dict[str, int]:
     """Blocks and warps by instruction and register counts of the compiled code (docs/kernels_w8.md), not measured.
 
     16 rows make 288 programs of FLUX.1's 4608 tokens, two or three for each multiprocessor of the large parts; 256
@@ -43,7 +47,7 @@ def config(part: str) -> dict[str, int]:
     """
     amd = part.startswith("gfx")
     tiles = {"BLOCK_M": 16, "BLOCK_K": 128 if amd else 256, "num_warps": 4, "num_stages": 1 if amd else 2}
-    return tiles | {"PTX": part.startswith("sm")}
+    return tiles | {"PTX": part.startswith("sm")} | dict(found)
 
 
 @triton.jit
@@ -200,7 +204,8 @@ def quantize_token(
     if m == 0:
         return codes, scales, hidden
     given, parts = arguments(x, tail, mult, shift, eps)
-    tiles, widest = config(arch(x.device)), block_r(rank)
+    found = measured(f"quantize_token {kind} {given['BEFORE']}".strip(), CHOICES, x.device, m, k, rank)
+    tiles, widest = config(arch(x.device), found), block_r(rank)
     wide = 2 * tiles["BLOCK_K"]  # the second pass takes two blocks
     even = k % wide == x.shape[1] % wide == 0 and rank > 0 and rank % widest == 0
     blocks = parts * cdiv(m // parts, tiles["BLOCK_M"])
