@@ -13,7 +13,7 @@ demo: setup
 # Two at a time, whole files each. pytest's stderr goes to stdout, so that `make test 2>/dev/null` ends with pytest's summary.
 test: setup
 	@$(PYTHON) tests/host/install.py --browser
-	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS) 2>&1
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) 2>&1
 
 # mypy needs a folder named like the package, whatever the clone is called.
 lint: setup

@@ -31,6 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ptx", metavar="sm89", help="compile the kernels for this GPU and run their PTX on the CPU")
 
 
+# Files of minutes, longest first: one that a process began last would leave the other without work. The first two use
+# both cores, which browsers would not like.
+LONG = ("compile_matrix", "ptx", "panel", "backends", "quantize_node", "gpu", "workflows", "demo_lora", "deferred",
+        "quantize", "compare", "file_info", "cli", "runtime", "demo_model", "lora", "mlp", "benchmarks")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))  # stable
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Kernels run on the GPU where there is one, else in Triton's interpreter: to be said before Triton is imported."""
     if not torch.cuda.is_available() and not config.getoption("--ptx"):

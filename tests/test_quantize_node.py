@@ -25,7 +25,7 @@ def models(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     small = random_flux(single=2, context=128)
     save_file(small, folder / "quantize_me.safetensors")
-    save_file(random_flux(hidden=256, depth=3, single=6, context=128), folder / "quantize_me_longer.safetensors")
+    save_file(random_flux(hidden=256, depth=2, single=2, context=128), folder / "quantize_me_longer.safetensors")
     save_file(random_flux(in_features=384, context=128, guidance=True), folder / "fill.safetensors")
     for name in ("quantize_me", "quantize_me_longer", "fill"):
         server.add_model(folder / f"{name}.safetensors")
@@ -212,7 +212,7 @@ def test_interrupt_takes_seconds_keeps_the_work_and_resumes_identically(server, 
 
 
 def test_a_killed_server_resumes_too(comfy_path, tmp_path):
-    save_file(random_flux(hidden=256, depth=3, single=6, context=128), tmp_path / "quantize_me_longer.safetensors")
+    save_file(random_flux(hidden=256, depth=2, single=2, context=128), tmp_path / "quantize_me_longer.safetensors")
     one_thread = {"OMP_NUM_THREADS": "1"}  # waiting threads starve a busy CPU
     with ComfyServer(packs=[DEMO / "comfy_nodes"], base=tmp_path / "base", env=one_thread) as own:
         own.add_model(tmp_path / "quantize_me_longer.safetensors")
