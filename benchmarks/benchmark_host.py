@@ -50,7 +50,21 @@ def models(folder: Path) -> dict[str, Any]:
         path = small_flux.write(folder / f"{fmt}.safetensors", sd, small_flux.quantize(sd, fmt))
         for activations in ACTIVATIONS if fmt == "int4" else ["auto"]:
             found[f"{fmt}, {activations}"] = load_svdquant(path, torch.bfloat16, activations)
-    return found
+    lora = with_lora(load_svdquant(folder / "int4.safetensors", torch.bfloat16, ACTIVATIONS[0]))
+    return found | {f"int4, {ACTIVATIONS[0]}, LoRA": lora}
+
+
+def with_lora(model: Any) -> Any:
+    """One of rank 16 on every linear, in the branch."""
+    from comfy.weight_adapter.lora import LoRAAdapter
+    from comfyui_svdquant.svdq_core.host.ops import Linear
+
+    for name, linear in model.model.diffusion_model.named_modules():
+        if isinstance(linear, Linear) and linear.quantized:
+            up, down = torch.randn(linear.out_features, 16) / 100, torch.randn(16, linear.in_features) / 100
+            patch = (1.0, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None)
+            linear.set_patches(f"{name}.weight", [patch], up.bfloat16())
+    return model
 
 
 def calls(model: Any) -> dict[str, Callable[[], Any]]:
@@ -80,7 +94,7 @@ def microseconds(run: Callable[[], Any]) -> float:
 
 def through(model: str) -> list[str]:
     """The names of what a model's linears, without the modulation, have run through."""
-    return sorted({way.name for case, way in backends.CHOSEN.items() if ", ".join(case[2][:2]) == model})
+    return sorted({way.name for case, way in backends.CHOSEN.items() if model.startswith(", ".join(case[2][:2]))})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,12 +113,12 @@ def main(argv: list[str] | None = None) -> None:
             {"model": name} | {kind: microseconds(run) for kind, run in calls(model).items()}
             for name, model in models(Path(folder)).items()
         ]
-    print(f"{'model':14} {'double block':>13} {'single block':>13} {'a step':>9} {'it / 16 bit':>12}  through")
+    print(f"{'model':16} {'double block':>13} {'single block':>13} {'a step':>9} {'it / 16 bit':>12}  through")
     for row in rows:
         row["step_ms"] = sum(count * row[kind] for kind, count in BLOCKS.items()) / 1e3
         row["ratio"] = row["step_ms"] / rows[0]["step_ms"]
         row["through"] = through(row["model"])
-        line = "{model:14} {double:10.0f} µs {single:10.0f} µs {step_ms:6.1f} ms {ratio:12.2f}  "
+        line = "{model:16} {double:10.0f} µs {single:10.0f} µs {step_ms:6.1f} ms {ratio:12.2f}  "
         print(line.format(**row) + ", ".join(row["through"]))
     if arguments.json:
         command = " ".join(["benchmarks/benchmark_host.py", *(argv or sys.argv[1:])])

@@ -29,7 +29,16 @@ from ..triton_kernels.tiles import FEW, MEASURED, SOME, size_class
 from .checkpoint import TOOL
 from .deferred import Deferred, gelu, plain, rows
 from .formats import AWQ, FORMATS, Format
-from .implementations import FUSED_MLP, IMPLEMENTATIONS, Implementation, mlp_scratch, taking, torch_linear, torch_mlp
+from .implementations import (
+    FUSED_MLP,
+    IMPLEMENTATIONS,
+    Implementation,
+    capturing,
+    mlp_scratch,
+    taking,
+    torch_linear,
+    torch_mlp,
+)
 from .linear import QuantizedLinear, linear_forward
 
 
@@ -242,14 +251,6 @@ def rejected(key: tuple[Any, ...]) -> bool:
     return key in REJECTED or key[:2] in REJECTED
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether the device's current stream is being captured into a CUDA graph, which cannot wait for a result."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 def not_captured(implementation: Implementation, device: torch.device) -> bool:
     """comfy-kitchen may keep buffers between calls; a graph must not have them in common with what runs beside it."""
     return implementation.library == "kitchen" and capturing(device)
@@ -319,12 +320,15 @@ def choice(x: Tensor, layer: QuantizedLinear, activations: str = "auto") -> Impl
 
 def expect_one_device(x: Tensor, layer: QuantizedLinear) -> None:
     """:class:`ValueError` that names what is elsewhere: it must not look like a failure of the implementations."""
+    if x.device in layer.ready:
+        return
     for name, tensor in layer.parts.items():
         if tensor.device != x.device:
             raise ValueError(
                 f"SVDQuant: the input of a quantized linear is on {x.device}, but its {name} is on {tensor.device}. "
                 "A node has moved one of them: load the model again, and leave that node out."
             )
+    layer.ready[x.device] = True
 
 
 def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:

@@ -100,13 +100,14 @@ def gelu(x: Tensor) -> Deferred:
 
 def modulated(shift: Tensor, normed: Tensor, mult: Tensor) -> Deferred | None:
     """``shift + normed * mult`` where that is FLUX's: a norm (B, L, K), and one row for all tokens of an image."""
-    if not isinstance(normed, Deferred) or normed.dim() != 3 or any(isinstance(t, Deferred) for t in (shift, mult)):
+    if not isinstance(normed, Deferred) or normed.dim() != 3:
         return None
     if normed.computed is not None or normed.tail is not None or normed.mult is not None:
         return None
     row = (normed.shape[0], 1, normed.shape[2])
-    if not all(tuple(t.shape) == row and t.dtype == normed.dtype and t.device == normed.device for t in (mult, shift)):
-        return None
+    for t in (mult, shift):
+        if isinstance(t, Deferred) or t.shape != row or t.dtype != normed.dtype or t.device != normed.device:
+            return None
     return Deferred(normed.head, None, mult, shift, normed.eps)
 
 

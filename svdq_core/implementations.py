@@ -7,7 +7,7 @@ branch and bias. Names are ``<library>[-<what>]``. Which one runs is :mod:`.back
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Implementation:
     run: Callable[..., Tensor]
     before: str = ""  # what the input is that it takes: a :class:`.deferred.Deferred`'s ``before``
 
-    @property
+    @cached_property
     def library(self) -> str:
         return self.name.split("-")[0]
 
@@ -106,13 +106,37 @@ def branch(x: Tensor, layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | 
     R is filled up with zeros to a multiple of 16, which LoRAs need not have: other ranks load slowly, and Triton would
     compile every kernel once more for them.
     """
+    if x.dtype in layer.ready:
+        return layer.ready[x.dtype]
     n, k = layer.shape
     down, up, bias = layer.proj_down, layer.proj_up, layer.bias
     if down is None or up is None:
         down, up = (torch.empty(size, 0, dtype=x.dtype, device=x.device) for size in (k, n))
     if missing := -down.shape[1] % 16:
         down, up = (torch.nn.functional.pad(each, (0, missing)) for each in (down, up))
-    return down.to(x.dtype), up.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    found = down.to(x.dtype), up.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if all(a is b for a, b in zip(found, (layer.proj_down, layer.proj_up, layer.bias))):  # takes no memory
+        layer.ready[x.dtype] = found
+    return found
+
+
+def once(layer: QuantizedLinear, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """A few numbers that follow from a layer's weight: made at the first call, unless that is captured into a graph,
+    which computes them later."""
+    found = layer.ready.get(name)
+    if found is None:
+        found = make()
+        if not capturing(found.device):
+            layer.ready[name] = found
+    return found
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured into a CUDA graph, which cannot wait for a result."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def smoothing(layer: QuantizedLinear) -> Tensor:
@@ -176,13 +200,15 @@ def torch_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear) -> Ten
 
 def triton_w4a8(x: Tensor, layer: QuantizedLinear, kind: str) -> Tensor:
     """8-bit activations; the GEMM widens the 4-bit weight as it goes."""
-    from ..triton_kernels.gemm_w4a8 import gemm_w4a8
+    from ..triton_kernels.gemm_w4a8 import gemm_w4a8, row_scale_of
     from ..triton_kernels.quantize_token import quantize_token
 
     down, up, bias = branch(x, layer)
     rows, before = operands(x)
     codes, scales, hidden = quantize_token(rows, smoothing(layer), down, layer.act_unsigned, kind, **before)
-    return gemm_w4a8(codes, scales, layer.tensors["weight"], layer.tensors["weight_scale"], hidden, up, bias)
+    weight, weight_scale = layer.tensors["weight"], layer.tensors["weight_scale"]
+    row_scale = once(layer, "row_scale", lambda: row_scale_of(weight_scale))
+    return gemm_w4a8(codes, scales, weight, weight_scale, hidden, up, bias, row_scale)
 
 
 def triton_widened(x: Tensor, layer: QuantizedLinear, kind: str) -> Tensor:
@@ -210,8 +236,8 @@ def triton_w8a8(x: Tensor, layer: QuantizedLinear) -> Tensor:
     kind, weight = unsigned_kind(layer), layer.tensors["weight"]
     rows, before = operands(x)
     codes, scales, hidden = quantize_token(rows, smoothing(layer), down, layer.act_unsigned, kind, **before)
-    weight_sum = weight.sum(dim=1, dtype=torch.int32) if kind == "uint8" else None
-    row_scale = layer.tensors["weight_scale"][0].float()
+    row_scale = once(layer, "row_scale", lambda: layer.tensors["weight_scale"][0].float())
+    weight_sum = once(layer, "weight_sum", lambda: weight.sum(dim=1, dtype=torch.int32)) if kind == "uint8" else None
     return gemm_w8a8(codes, scales, weight, row_scale, hidden, up, bias, weight_sum)
 
 

@@ -56,7 +56,8 @@ class QuantizedLinear:
 
     ``tensors`` holds the weight as the format stores it (INT4: ``weight (N, K/2)`` int8 and
     ``weight_scale (K/64, N)``); ``smooth_factor (K,)``, ``proj_down (K, R)`` in the raw-input basis,
-    ``proj_up (N, R)`` and ``bias (N,)`` are bf16 or fp16. ``info`` is what the solver found (α, error, ...).
+    ``proj_up (N, R)`` and ``bias (N,)`` are bf16 or fp16. ``info`` is what the solver found (α, error, ...). Its
+    tensors are not to be exchanged for others.
     """
 
     fmt: Format
@@ -67,6 +68,7 @@ class QuantizedLinear:
     bias: Tensor | None = None
     act_unsigned: bool = False
     info: dict[str, Any] = field(default_factory=dict)
+    ready: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # what callers find out
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_svdquant.svdq_core import backends
+from comfyui_svdquant.svdq_core import backends, implementations
 from comfyui_svdquant.svdq_core.formats import FORMATS, get_format
 from comfyui_svdquant.svdq_core.implementations import FUSED_MLP, IMPLEMENTATIONS, branch, torch_linear, torch_mlp
 from comfyui_svdquant.svdq_core.linear import linear_forward
@@ -481,6 +481,23 @@ def test_unchecked_is_not_captured(kernel_device, monkeypatch, force, caplog):
     monkeypatch.setattr(backends, "capturing", lambda device: False)
     backends.linear(x, layer)
     assert [way.name for way in backends.CHOSEN.values()] == ["triton-w4a8-int8"], "chosen after the graph"
+
+
+@pytest.mark.parametrize(("fmt", "name", "kept"), [("int4", "triton-w4a8-int8", 1), ("int8", "triton-w8a8", 2)])
+def test_what_follows_from_the_weight_is_made_once(kernel_device, monkeypatch, fmt, name, kept):
+    """Not while a CUDA graph is captured: it would be there only after the graph has run."""
+    made = []
+    monkeypatch.setattr(implementations, "capturing", lambda device: not made)
+    layer, x = layer_and_input(fmt, unsigned=fmt == "int8", device=kernel_device)
+    run = IMPLEMENTATIONS[fmt, name].run
+    wanted = run(x, layer)
+    assert not {"row_scale", "weight_sum"} & set(layer.ready)
+    made.append(True)
+    for _ in range(2):
+        assert torch.equal(run(x, layer), wanted)
+        assert len({"row_scale", "weight_sum"} & set(layer.ready)) == kept
+    others, _ = layer_and_input(fmt, unsigned=fmt == "int8", device=kernel_device)
+    assert not replace(layer, bias=None).ready and not others.ready
 
 
 # ---- the linear ------------------------------------------------------------------------------------------

@@ -51,8 +51,9 @@ def test_host(comfy_path: Path, tmp_path: Path):
     command = [sys.executable, "-c", ONE_MODEL, "--json", str(tmp_path / "host.json")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    plain, quantized = json.loads((tmp_path / "host.json").read_text())["rows"]
+    plain, quantized, lora = json.loads((tmp_path / "host.json").read_text())["rows"]
     assert plain["through"] == [] and quantized["through"][0] == "triton-w4a4" and quantized["ratio"] > 1
+    assert lora["model"] == "int4, 4 bit, LoRA" and "triton-w4a4" in lora["through"]
     assert 19 * quantized["double"] + 38 * quantized["single"] == pytest.approx(1000 * quantized["step_ms"])
 
 

@@ -146,6 +146,8 @@ def test_zero_weights_and_empty_input(on):
     arguments = draw(3, 20, 128, 0, torch.bfloat16, "int8", 0) | {"weight_scale": torch.zeros(2, 20), "bias": None}
     moved = {name: None if a is None else a.to(on) for name, a in arguments.items()}
     assert not gemm_w4a8(**moved).any()
+    found, wanted = (gemm_w4a8(**moved | {"row_scale": scale}) for scale in (moved["weight_scale"][0], None))
+    assert torch.equal(found, wanted), "all scales are the same"
     empty = {name: moved[name][:0] for name in ("codes", "act_scales", "hidden")}
     assert gemm_w4a8(**moved | empty).shape == (0, 20)
 
@@ -157,6 +159,7 @@ def test_zero_weights_and_empty_input(on):
         ({"weight": torch.zeros(32, 128, dtype=torch.int8)}, "weight has shape"),
         ({"weight_scale": torch.zeros(32, 2)}, "weight_scale has shape"),
         ({"hidden": torch.zeros(4, 16)}, "hidden is float32"),
+        ({"row_scale": torch.zeros(31, dtype=torch.bfloat16)}, "row_scale has shape"),
     ],
 )
 def test_wrong_arguments_are_named(on, change, message):

@@ -486,11 +486,28 @@ def test_tensor_operations_keep_all_parts(fmt):
         weight.requantize_from_float(weight.dequantize())
 
 
+def test_the_layer_of_a_weight_is_kept_while_it_is_the_same(model):
+    """And with it what implementations found out about it."""
+    from comfyui_svdquant.svdq_core.host.layout import layer_of
+
+    linear = model.model.diffusion_model.single_blocks[0].linear1
+    weight, bias = linear.weight, linear.bias
+    layer = layer_of(weight, bias)
+    assert layer_of(weight, bias) is layer and layer.tensors["weight"] is weight._qdata
+    for other in ((weight.clone(), bias), (weight, bias.clone())):
+        assert layer_of(*other) is not layer and layer_of(*other).tensors["weight"] is other[0]._qdata
+    up, down = torch.ones(linear.out_features, 16), torch.ones(16, linear.in_features)
+    wider = torch.addmm(weight, up.bfloat16(), down.bfloat16())
+    assert layer_of(wider, bias).rank == layer.rank + 16
+    assert layer_of(weight, bias).rank == layer.rank
+
+
 @pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("fmt", ["int4", "nvfp4", "int8", "awq"])
 def test_functional_linear(fmt, unsigned):
     """What any code that finds the weight may call, in and out of inference mode, and its gradient."""
     from comfyui_svdquant.svdq_core.host.layout import as_tensor, shift_bias
+    from comfyui_svdquant.svdq_core.host.ops import product
 
     layer = make_layer(fmt, unsigned=unsigned and fmt != "awq")
     weight, x = as_tensor(layer, torch.float32), torch.randn(2, 3, 128)
@@ -506,10 +523,11 @@ def test_functional_linear(fmt, unsigned):
     assert (shift is None) == (not layer.act_unsigned)
     if shift is not None:
         assert error_db(bias + shift, small_flux.effective(layer)["bias"]) < -100
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.randn(5, 128, requires_grad=True)
-        nn.functional.linear(x, as_tensor(make_layer(fmt), torch.float32)).sum().backward()
-    assert error_db(x.grad, weight.dequantize().sum(dim=0).expand(5, -1)) < -100
+    for linear in (nn.functional.linear, product):
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.randn(5, 128, requires_grad=True)
+            linear(x, as_tensor(make_layer(fmt), torch.float32), None).sum().backward()
+        assert error_db(x.grad, weight.dequantize().sum(dim=0).expand(5, -1)) < -100
 
 
 def test_importing_twice_is_safe(host, tmp_path):

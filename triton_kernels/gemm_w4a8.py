@@ -133,6 +133,7 @@ def check(
     hidden: Tensor,
     proj_up: Tensor,
     bias: Tensor | None,
+    row_scale: Tensor | None = None,
 ) -> None:
     op, device = "gemm_w4a8", codes.device
     if codes.dim() != 2 or codes.shape[1] % 64:
@@ -146,6 +147,8 @@ def check(
     expect(op, "proj_up", proj_up, (n, rank), FLOAT16S, device)
     if bias is not None:
         expect(op, "bias", bias, (n,), FLOATS, device)
+    if row_scale is not None:
+        expect(op, "row_scale", row_scale, (n,), (weight_scale.dtype,), device)
 
 
 def gemm_w4a8(
@@ -156,9 +159,10 @@ def gemm_w4a8(
     hidden: Tensor,
     proj_up: Tensor,
     bias: Tensor | None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """``y (M, N)``: see the formulas above."""
-    check(codes, act_scales, weight, weight_scale, hidden, proj_up, bias)
+    """``y (M, N)``: see the formulas above. ``row_scale (N,)`` is :func:`row_scale_of` the scales, if it is at hand."""
+    check(codes, act_scales, weight, weight_scale, hidden, proj_up, bias, row_scale)
     part = arch(codes.device)
     if codes.dtype == torch.float8_e4m3fn:
         expect_e4m3("gemm_w4a8", "codes", part)
@@ -176,7 +180,7 @@ def gemm_w4a8(
             act_scales.contiguous(),
             weight.view(torch.int8).contiguous(),
             weight_scale.contiguous(),
-            weight_scale.abs().amax(dim=0),
+            row_scale_of(weight_scale) if row_scale is None else row_scale.contiguous(),
             hidden.contiguous(),
             proj_up.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -192,6 +196,11 @@ def gemm_w4a8(
     return y
 
 
+def row_scale_of(weight_scale: Tensor) -> Tensor:
+    """The largest scale (N,) of every row of the weight."""
+    return weight_scale.abs().amax(dim=0)
+
+
 @custom_op(gemm_w4a8).register_fake
 def gemm_w4a8_fake(
     codes: Tensor,
@@ -201,8 +210,9 @@ def gemm_w4a8_fake(
     hidden: Tensor,
     proj_up: Tensor,
     bias: Tensor | None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    check(codes, act_scales, weight, weight_scale, hidden, proj_up, bias)
+    check(codes, act_scales, weight, weight_scale, hidden, proj_up, bias, row_scale)
     return hidden.new_empty((codes.shape[0], weight.shape[0]))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..deferred import deferred, deferring, gelu
 from ..linear import QuantizedLinear
-from .layout import as_linear
+from .layout import layer_of, widened
 from .ops import Linear
 
 
@@ -33,7 +33,7 @@ class MLP(nn.Sequential):
             return super().forward(x)
         run_every_op()
         activations = first.weight._params.activations
-        return backends.mlp(x, layer_of(first, x), layer_of(second, x), activations)
+        return backends.mlp(x, adapted(first, x), adapted(second, x), activations)
 
 
 class GELU(nn.GELU):
@@ -106,7 +106,8 @@ def is_gelu(module: nn.Module) -> bool:
 
 def alone(linear: Linear, x: Tensor) -> bool:
     """Whether the output is that of a 4-bit weight on x's device and its branch, and of nothing else."""
-    if not (linear.at_hand(x) and linear.weight._params.fmt == "int4" and unhooked(linear)):
+    weight = linear.weight
+    if not (linear.at_hand(x, weight, linear.bias) and weight._params.fmt == "int4" and unhooked(linear)):
         return False
     adapters = linear.adapters
     return adapters is None or (adapters.branch is not None and not adapters.others)
@@ -117,11 +118,11 @@ def unhooked(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def layer_of(linear: Linear, x: Tensor) -> QuantizedLinear:
+def adapted(linear: Linear, x: Tensor) -> QuantizedLinear:
     """The linear with its adapters in the branch."""
     weight: Any = linear.weight
     if linear.adapters is not None:
         branch = linear.adapters.to(x).branch
         assert branch is not None
-        weight = torch.addmm(weight, branch.up, branch.down)
-    return as_linear(weight._qdata, weight._params, linear.bias)
+        weight = widened(weight, branch.up, branch.down)
+    return layer_of(weight, linear.bias)

@@ -89,6 +89,17 @@ def as_linear(qdata: Tensor, params: SVDQuantParams, bias: Tensor | None = None)
     )
 
 
+def layer_of(weight: QuantizedTensor, bias: Tensor | None) -> QuantizedLinear:
+    """:func:`as_linear` of a weight, and the same one as long as weight and bias are: it keeps what is found out."""
+    parts = (weight._qdata, weight._params, bias)
+    if torch.compiler.is_compiling():
+        return as_linear(*parts)
+    kept = weight.__dict__.get("svdquant")
+    if kept is None or any(new is not old for new, old in zip(parts, kept[0])):
+        kept = weight.__dict__["svdquant"] = (parts, as_linear(*parts))
+    return kept[1]
+
+
 def as_tensor(layer: QuantizedLinear, dtype: torch.dtype) -> QuantizedTensor:
     """The layer's weight as ComfyUI holds it; ``dtype`` is what the model computes in."""
     params = SVDQuantParams(
@@ -130,8 +141,7 @@ def linear(x: Any, weight: Any, bias: Tensor | None) -> Tensor:
     """``x (..., K)`` through the quantized ``weight``; computed and returned in x's dtype."""
     if not is_quantized(weight) or weight._params.transposed:
         return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
-    layer = as_linear(weight._qdata, weight._params, bias)
-    return backends.linear(dequantize_args(x), layer, weight._params.activations)
+    return backends.linear(dequantize_args(x), layer_of(weight, bias), weight._params.activations)
 
 
 def transpose(weight: QuantizedTensor) -> QuantizedTensor:
@@ -156,6 +166,11 @@ def widen(weight: QuantizedTensor, up: Tensor, down: Tensor) -> QuantizedTensor:
         down = torch.cat([params.proj_down.to(down.dtype), down], dim=1)
         up = torch.cat([params.proj_up.to(up.dtype), up], dim=1)
     return QuantizedTensor(weight._qdata, LAYOUT, replace(params, proj_down=down, proj_up=up))
+
+
+def widened(weight: QuantizedTensor, up: Tensor, down: Tensor) -> QuantizedTensor:
+    """:func:`widen`, as torch's own function where torch.compile has to see it."""
+    return torch.addmm(weight, up, down) if torch.compiler.is_compiling() else widen(weight, up, down)
 
 
 def handle_linear(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -14,7 +14,7 @@ from ..deferred import Deferred, deferring, plain
 from ..errors import SVDQuantError
 from ..linear import QuantizedLinear
 from .adapters import Patch, build, signature
-from .layout import as_linear, as_tensor, is_quantized, linear, shift_bias
+from .layout import as_linear, as_tensor, is_quantized, linear, shift_bias, widened
 
 DISK_NAMES = ("weight_scale", "weight_scale_2", "weight_zero", "smooth_factor", "proj_down", "proj_up", "comfy_quant")
 
@@ -106,8 +106,8 @@ class Linear(comfy.ops.manual_cast.Linear):
     def forward(self, x: Tensor) -> Tensor:
         run_every_op()
         weight, bias = self.weight, self.bias
-        if self.at_hand(x) and not self.adapters:  # ComfyUI would find that out in 20 µs
-            return product(x, weight, bias)
+        if self.at_hand(x, weight, bias):  # ComfyUI would find that out in 20 µs
+            return self.adapted(self.adapters, x, weight, bias) if self.adapters else product(x, weight, bias)
         quantized = is_quantized(weight)
         weight, bias, stream = cast_bias_weight(
             self,
@@ -125,14 +125,13 @@ class Linear(comfy.ops.manual_cast.Linear):
         uncast_bias_weight(self, weight, bias, stream)
         return y
 
-    def at_hand(self, x: Tensor) -> bool:
-        """Whether the weight is quantized, and it and the bias are where x is, to be used as they are."""
-        weight, bias = self.weight, self.bias
+    def at_hand(self, x: Tensor, weight: Any, bias: Any) -> bool:
+        """Whether the layer's weight is quantized, and it and the bias are where x is, to be used as they are."""
         if not is_quantized(weight) or weight.device != x.device or self.weight_patch is not None:
             return False
         if self.weight_function or self.bias_function or "_v" in self.__dict__:  # dynamic VRAM's place for both
             return False
-        return bias is None or bias.device == x.device  # its dtype is the implementation's to change
+        return bias is None or (bias.device == x.device and bias.dtype == x.dtype)
 
     # Adapters: LoRA and its kin beside the 4-bit weight.
 
@@ -162,7 +161,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         """:meth:`forward` with adapters; low rank is part of the weight's own branch."""
         adapters = adapters.to(x)
         if adapters.branch is not None:
-            weight = torch.addmm(weight, adapters.branch.up, adapters.branch.down)
+            weight = widened(weight, adapters.branch.up, adapters.branch.down)
         if not adapters.others:
             return product(x, weight, bias)
         x = plain(x)
@@ -275,9 +274,11 @@ class Linear(comfy.ops.manual_cast.Linear):
 def product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """``x (..., K)`` times ``weight (N, K)``, quantized or not; a deferred x reaches the quantizer as it is.
 
-    torch.compile has to see torch's own function. Else its way through the weight's class costs the host 40 µs.
+    torch.compile and autograd have to see torch's own function, whose way through the weight's class costs the host 40
+    µs.
     """
-    if is_quantized(weight) and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    if is_quantized(weight) and not traced:
         return linear(x, weight, bias)
     return nn.functional.linear(x, weight, bias)
 
