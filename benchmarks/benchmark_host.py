@@ -9,14 +9,12 @@ as Triton does), and the 16-bit products and the attention are allocations only.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import record  # noqa: E402
 from comfyui_svdquant.svdq_core import backends  # noqa: E402
 from comfyui_svdquant.svdq_core.implementations import ACTIVATIONS  # noqa: E402
 
@@ -121,10 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         line = "{model:16} {double:10.0f} µs {single:10.0f} µs {step_ms:6.1f} ms {ratio:12.2f}  "
         print(line.format(**row) + ", ".join(row["through"]))
     if arguments.json:
-        command = " ".join(["benchmarks/benchmark_host.py", *(argv or sys.argv[1:])])
-        head = {"date": str(date.today()), "device": device, "command": command}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        record.write(arguments.json, "benchmark_host.py", argv, device, {"rows": rows})
 
 
 if __name__ == "__main__":

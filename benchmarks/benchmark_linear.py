@@ -12,16 +12,15 @@ TOP/s counts 2 M N K operations, and is held against products of 8192³ on the s
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from comfyui_svdquant.svdq_core import backends
 from comfyui_svdquant.svdq_core.benchmark import FLUX_SHAPES, gpu_times
@@ -180,12 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     faster = summary(results)
     print("\nauto is, on average, faster than: " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in faster.items()))
     if arguments.json:
-        command = " ".join(["benchmarks/benchmark_linear.py", *(argv or sys.argv[1:])])
-        head = {"date": str(date.today()), "device": backends.device_key(device), "command": command}
         body = {"ceilings_tops": ceiling, "shapes": results, "auto_is_faster_than": faster}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(head | body, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {arguments.json}")
+        record.write(arguments.json, "benchmark_linear.py", argv, backends.device_key(device), body)
 
 
 if __name__ == "__main__":

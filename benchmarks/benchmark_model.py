@@ -13,12 +13,10 @@ about 40 GB of RAM and 7 GB of disk.
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import record  # noqa: E402
 from comfyui_svdquant.svdq_core import QuantizedLinear, backends  # noqa: E402
 from comfyui_svdquant.svdq_core.formats import get_format  # noqa: E402
 from comfyui_svdquant.svdq_core.implementations import ACTIVATIONS  # noqa: E402
@@ -170,11 +169,7 @@ def main(argv: list[str] | None = None) -> None:
             cells = f"{row['seconds_per_step']:8.3f} {ratio:10.2f} {row['weights_gib']:8.2f} GiB {peak:>12}"
             print(f"{row['model']:28} {row['loras']:5} {cells}", flush=True)
     if arguments.json:
-        command = " ".join(["benchmarks/benchmark_model.py", *(argv or sys.argv[1:])])
-        head = {"date": str(date.today()), "device": device, "command": command}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(head | {"rows": results}, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {arguments.json}")
+        record.write(arguments.json, "benchmark_model.py", argv, device, {"rows": results})
 
 
 if __name__ == "__main__":

@@ -596,7 +596,12 @@ def opaque_linear(
 def seen_by_nobody(x: Tensor) -> bool:
     """Whether no compiler, tracer, mode or gradient would have to see an op, which costs the host 50 µs more."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return type(x) is Tensor and not traced and not (torch.is_grad_enabled() and x.requires_grad)
+    return type(x) is Tensor and not traced and not wants_gradient(x)
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether autograd follows what is done with x."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 @opaque_linear.register_fake
@@ -636,8 +641,7 @@ def on_gpu() -> bool:
 
 def may_fuse(x: Tensor) -> bool:
     """Whether :func:`mlp` takes an input: what :func:`linear` would give to its op, without a gradient."""
-    wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    return x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or bool(FORCED)) and not wants_gradient
+    return x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or bool(FORCED)) and not wants_gradient(x)
 
 
 def mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:

@@ -97,15 +97,16 @@ def found_tiles(
         if implementation.library == "triton" and ms < IN_REACH * min(times.values()):
             size = backends.size_class(x.shape[0])
             way = next(backends.ways(implementation, x, layer.act_unsigned, size))
-            run = partial(run_way, way, layer, before)
+            run = runs(way, layer, before)
             tiles, old, new = tune(way, layer, run, partial(median_ms, run, x.is_cuda))
             print(f"{name:>48}: {old:.3f} ms with the tiles it ships with, {new:.3f} ms with the fastest")
             found |= tiles
     return found
 
 
-def run_way(way: Implementation, layer: QuantizedLinear, before: Callable[[], Tensor]) -> Tensor:
-    return way.run(before() if way.before else plain(before()), layer)
+def runs(way: Implementation, layer: QuantizedLinear, before: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The layer on its input, which is made anew at every call: once computed, it would not be deferred."""
+    return lambda: backends.run(way, before(), layer)
 
 
 def time_of(implementation: Implementation, layer: QuantizedLinear, before: Callable[[], Tensor]) -> float | None:
@@ -113,7 +114,7 @@ def time_of(implementation: Implementation, layer: QuantizedLinear, before: Call
     x = before()
     for way in backends.ways(implementation, x, layer.act_unsigned, backends.size_class(x.shape[0])):
         try:
-            return median_ms(partial(run_way, way, layer, before), x.is_cuda)
+            return median_ms(runs(way, layer, before), x.is_cuda)
         except Exception as error:
             print(f"{way.name}: {backends.describe(error)}")
     return None

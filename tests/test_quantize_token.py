@@ -187,12 +187,8 @@ def test_it_is_a_proper_custom_op(on):
     op = torch.ops.svdquant.quantize_token.default
     x, smooth, down = (t.to(on) for t in draw(5, 128, 16, torch.bfloat16, 0))
     torch.library.opcheck(op, (x, smooth, down, True, "uint8"))
-    torch.library.opcheck(
-        torch.ops.svdquant.quantize_token.default, (x[:, :64], smooth, down, False, "int8", x[:, 64:])
-    )
-    torch.library.opcheck(
-        torch.ops.svdquant.quantize_token.default, (x, smooth, down, False, "int8", None, x[:1], x[1:2])
-    )
+    torch.library.opcheck(op, (x[:, :64], smooth, down, False, "int8", x[:, 64:]))
+    torch.library.opcheck(op, (x, smooth, down, False, "int8", None, x[:1], x[1:2]))
 
 
 @settings(max_examples=15, deadline=None)

@@ -277,8 +277,7 @@ def product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     torch.compile and autograd have to see torch's own function, whose way through the weight's class costs the host 40
     µs.
     """
-    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
-    if is_quantized(weight) and not traced:
+    if is_quantized(weight) and not (torch.compiler.is_compiling() or backends.wants_gradient(x)):
         return linear(x, weight, bias)
     return nn.functional.linear(x, weight, bias)
 
