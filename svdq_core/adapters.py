@@ -7,13 +7,15 @@ and costs no product of its own.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .linear import RANKS
 from .lowrank import lowrank_branch
 
 Rows = Callable[[Tensor], Tensor]
@@ -137,6 +139,7 @@ class Adapters:
     """All adapters of one linear: what joins its ``branch``, and the ``others`` in their order.
 
     ``energy`` is the share of the squared norm that reductions to low rank kept, 1 where nothing was reduced.
+    ``filled`` is the branch with zeros up to a rank that kernels take, so that they are not added at every call.
     """
 
     branch: LowRank | None
@@ -144,11 +147,19 @@ class Adapters:
     dtype: torch.dtype
     device: torch.device
     energy: float = 1.0
+    filled: LowRank | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        filled = self.branch
+        if filled is not None and (missing := -filled.up.shape[1] % RANKS):
+            filled = LowRank(pad(filled.up, (0, missing)), pad(filled.down, (0, 0, 0, missing)))
+        object.__setattr__(self, "filled", filled)
 
     @property
     def nbytes(self) -> int:
         """Memory of all tensors."""
-        return sum(t.nbytes for adapter in (self.branch, *self.others) if adapter for t in tensors_of(adapter))
+        filled = None if self.filled is self.branch else self.filled
+        return sum(t.nbytes for adapter in (self.branch, filled, *self.others) if adapter for t in tensors_of(adapter))
 
     def to(self, x: Tensor) -> "Adapters":
         """The same on the device and in the dtype of ``x``: itself, usually, for they are made where the model is."""

@@ -40,6 +40,7 @@ from .implementations import (
     torch_mlp,
 )
 from .linear import QuantizedLinear, linear_forward
+from .tape import Tape, case_of, record
 
 
 def begins_with(name: str, beginning: str) -> bool:
@@ -222,14 +223,15 @@ REJECTED: dict[tuple[Any, ...], str] = {}  # why an implementation is not used, 
 RIGHT: set[tuple[Any, ...]] = set()  # what passed its check
 SAID: set[tuple[Any, ...]] = set()  # what the log has already
 LAST_USED: dict[torch.device, str] = {}  # of the compiled implementations: a GPU reports an error later
-CHOSEN: dict[tuple[Any, ...], Implementation] = {}  # what ran last, so that the next layer need not ask
+CHOSEN: dict[tuple[Any, ...], Implementation | None] = {}  # what ran last, by case; None: two layers one by one
+TAPES: dict[tuple[Any, ...], Tape | None] = {}  # how that was done; None where it cannot be written down
 
 
 def forget() -> None:
     """Choose anew: the measured times, or a test's conditions, have changed."""
     for cached in (ranked, measured_times):
         cached.cache_clear()
-    for memory in (REJECTED, RIGHT, SAID, LAST_USED, CHOSEN, MEASURED):
+    for memory in (REJECTED, RIGHT, SAID, LAST_USED, CHOSEN, TAPES, MEASURED):
         memory.clear()
 
 
@@ -238,7 +240,7 @@ def working(x: Tensor, layer: QuantizedLinear, activations: str) -> Iterator[Imp
     shape = shape_class(x, layer, activations)
     for implementation in ranked(x.device, *shape, FORCED):
         if implementation.library != "torch":
-            if rejected((implementation, x.device, x.dtype, shape)) or not_captured(implementation, x.device):
+            if rejected(spot(implementation, activations, x, layer)) or not_captured(implementation, x.device):
                 continue
             if not is_right(implementation, x.device, x.dtype, layer.act_unsigned, shape[2]):
                 continue
@@ -336,39 +338,91 @@ def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
     expect_one_device(x, layer)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], layer.shape[0])
-    shape = shape_class(x, layer, activations)
-    case = (x.device, x.dtype, shape, layer.act_unsigned, x.before if isinstance(x, Deferred) else "", FORCED)
-    chosen, found = CHOSEN.get(case), None
-    if chosen is not None and not not_captured(chosen, x.device):
-        found = attempt(chosen, x, layer, shape)
-    if found is not None:
+    case, given = case_of(x, (layer,), layer.fmt.name, activations, FORCED)
+    if (found := again(case, given, activations, x, layer)) is not None:
         return found
     for implementation in working(x, layer, activations):
-        for way in ways(implementation, x, layer.act_unsigned, shape[2]):
-            if not rejected((way, x.device, x.dtype, shape)) and (found := attempt(way, x, layer, shape)) is not None:
-                if not capturing(x.device):  # when less can be chosen
-                    CHOSEN[case] = way
+        for way in ways(implementation, x, layer.act_unsigned):
+            if rejected(spot(way, activations, x, layer)):
+                continue
+            if (found := attempt(way, activations, x, layer)) is not None:
+                remember(case, way, x.device)
                 return found
     raise AssertionError("plain torch is always the last")
 
 
-def attempt(way: Implementation, x: Tensor, layer: QuantizedLinear, shape: tuple[Any, ...]) -> Tensor | None:
+def spot(way: Implementation, activations: str, x: Tensor, *layers: QuantizedLinear) -> tuple[Any, ...]:
+    """What a failure of ``way`` holds for."""
+    return way, x.device, x.dtype, tuple(shape_class(x, layer, activations) for layer in layers)
+
+
+def attempt(way: Implementation, activations: str, x: Tensor, *layers: QuantizedLinear) -> Tensor | None:
     """Its result; None if it failed, after a word in the log: plain torch's errors are raised."""
+    k, n = layers[0].shape[1], layers[-1].shape[0]
     try:
-        return run(way, x, layer).reshape(*x.shape[:-1], layer.shape[0])
+        return run(way, x, *layers).reshape(*x.shape[:-1], n)
     except Exception as error:
         if way.library == "torch":
             raise
-        n, k = layer.shape
-        reject((way, x.device, x.dtype, shape), error, f" for {k} inputs and {n} outputs")
+        reject(spot(way, activations, x, *layers), error, f" for {k} inputs and {n} outputs")
     return None
 
 
-def ways(implementation: Implementation, x: Tensor, unsigned: bool, size: int) -> Iterator[Implementation]:
+MOST_CASES = 5000  # a model has about 20 for every size of picture
+
+
+def remember(case: tuple[Any, ...], way: Implementation | None, device: torch.device) -> None:
+    """It is the choice from now on; a graph is captured with less to choose from."""
+    if capturing(device):
+        return
+    if len(CHOSEN) >= MOST_CASES:
+        CHOSEN.clear()
+        TAPES.clear()
+    CHOSEN[case] = way
+
+
+def again(
+    case: tuple[Any, ...], given: list[Tensor], activations: str, x: Tensor, *layers: QuantizedLinear
+) -> Tensor | None:
+    """What was chosen for such a case, once more; None if nothing was, or it failed."""
+    way = CHOSEN.get(case)
+    if way is None or not_captured(way, x.device):
+        return None
+    tape = TAPES.get(case)
+    if tape is not None and (found := played(case, tape, given)) is not None:
+        LAST_USED[x.device] = way.name
+        return found
+    if case in TAPES or not recordable(way, x):
+        return attempt(way, activations, x, *layers)
+    found, TAPES[case] = record(lambda: attempt(way, activations, x, *layers), given)
+    return found
+
+
+def recordable(way: Implementation, x: Tensor) -> bool:
+    """Whether all that it does is to launch our kernels on a GPU, and nobody else listens, and it may wait for that."""
+    if way.library != "triton" or not x.is_cuda or (isinstance(x, Deferred) and not way.before):
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not capturing(x.device)
+
+
+def played(case: tuple[Any, ...], tape: Tape, given: list[Tensor]) -> Tensor | None:
+    """Its result; None if it has to go the long way, which says what is wrong."""
+    if torch.cuda.current_device() != given[0].device.index:
+        return None
+    try:
+        return tape.play(given)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        TAPES[case] = None
+        return None
+
+
+def ways(implementation: Implementation, x: Tensor, unsigned: bool) -> Iterator[Implementation]:
     """With what stands before the input in its kernels, where it does that and is right with it, and without."""
     before = x.before if isinstance(x, Deferred) else ""
     way = taking(implementation, before) if before else None
-    if way and is_right(way, x.device, x.dtype, unsigned, size):
+    if way and is_right(way, x.device, x.dtype, unsigned, size_class(x.numel() // x.shape[-1])):
         yield way
     yield implementation
 
@@ -431,6 +485,7 @@ def reject(key: tuple[Any, ...], failure: Exception | str, where: str = "") -> N
     if isinstance(failure, Exception) and fails_everywhere(failure):
         key, where = key[:2], ""
     REJECTED[key] = failure if isinstance(failure, str) else describe(failure)
+    TAPES.clear()
     implementation, device = key[:2]
     logging.warning(
         "SVDQuant: %s is not used on %s%s (%s). %s.",
@@ -617,21 +672,31 @@ MAX_SCRATCH = 64 << 20  # bytes
 
 def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> Tensor:
     """``x (..., K)``: fused where both layers take our W4A4 kernel, else one after the other."""
+    for layer in (first, second):
+        expect_one_device(x, layer)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], second.shape[0])
-    shapes = shape_class(x, first, activations), shape_class(x, second, activations)
-    ours = all(choice(x, layer, activations).name == "triton-w4a4" for layer in (first, second))
-    if ours and mlp_scratch(x.numel() // x.shape[-1], first, second) < MAX_SCRATCH:
-        size = shapes[0][2]
-        for way in ways(FUSED_MLP, x, second.act_unsigned, size):
-            key = (way, x.device, x.dtype, shapes)
-            if rejected(key) or not is_right(*key[:3], second.act_unsigned, size):
+    case, given = case_of(x, (first, second), "int4", activations, FORCED)
+    if (found := again(case, given, activations, x, first, second)) is not None:
+        return found
+    if case not in CHOSEN and may_be_one(x, first, second, activations):
+        size = size_class(x.numel() // x.shape[-1])
+        for way in ways(FUSED_MLP, x, second.act_unsigned):
+            if rejected(spot(way, activations, x, first, second)):
                 continue
-            try:
-                return run(way, x, first, second).reshape(*x.shape[:-1], second.shape[0])
-            except Exception as error:
-                reject(key, error, f" for {first.shape[1]}, {first.shape[0]} and {second.shape[0]} features")
+            if not is_right(way, x.device, x.dtype, second.act_unsigned, size):
+                continue
+            if (found := attempt(way, activations, x, first, second)) is not None:
+                remember(case, way, x.device)
+                return found
+    remember(case, None, x.device)
     return run_linear(gelu(run_linear(x, first, activations)), second, activations)
+
+
+def may_be_one(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activations: str) -> bool:
+    """Whether both layers would take our W4A4 kernel, and what the fused one needs is not too much."""
+    ours = all(choice(x, layer, activations).name == "triton-w4a4" for layer in (first, second))
+    return ours and mlp_scratch(x.numel() // x.shape[-1], first, second) < MAX_SCRATCH
 
 
 def on_gpu() -> bool:

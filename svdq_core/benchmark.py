@@ -95,8 +95,7 @@ def found_tiles(
     for name, ms in times.items():
         implementation = IMPLEMENTATIONS[fmt, name]
         if implementation.library == "triton" and ms < IN_REACH * min(times.values()):
-            size = backends.size_class(x.shape[0])
-            way = next(backends.ways(implementation, x, layer.act_unsigned, size))
+            way = next(backends.ways(implementation, x, layer.act_unsigned))
             run = runs(way, layer, before)
             tiles, old, new = tune(way, layer, run, partial(median_ms, run, x.is_cuda))
             print(f"{name:>48}: {old:.3f} ms with the tiles it ships with, {new:.3f} ms with the fastest")
@@ -112,7 +111,7 @@ def runs(way: Implementation, layer: QuantizedLinear, before: Callable[[], Tenso
 def time_of(implementation: Implementation, layer: QuantizedLinear, before: Callable[[], Tensor]) -> float | None:
     """Milliseconds; None, with the reason on the screen, if it cannot run this shape."""
     x = before()
-    for way in backends.ways(implementation, x, layer.act_unsigned, backends.size_class(x.shape[0])):
+    for way in backends.ways(implementation, x, layer.act_unsigned):
         try:
             return median_ms(runs(way, layer, before), x.is_cuda)
         except Exception as error:

@@ -142,6 +142,16 @@ def operands(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     return head, {"mult": x.mult.flatten(0, -2), "shift": x.shift.flatten(0, -2), "eps": x.eps}
 
 
+def pieces_of(x: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+    """The tensors that :func:`operands` takes from x, and what else it depends on."""
+    if not isinstance(x, Deferred) or not x.before:
+        return (plain(x),), ""
+    if x.tail is not None:
+        return (x.head, x.tail), x.before
+    assert x.mult is not None and x.shift is not None
+    return (x.head, x.mult, x.shift), (x.before, x.eps)
+
+
 LOCAL = threading.local()
 
 

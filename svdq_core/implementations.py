@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import triton_kernels
 from .deferred import operands
 from .formats import FORMATS, GELU_SHIFT
-from .linear import QuantizedLinear, linear_forward
+from .linear import RANKS, QuantizedLinear, linear_forward
 
 ACTIVATIONS = ("auto", "4 bit", "8 bit")  # what a user may ask for; it applies to int4 files
 
@@ -103,8 +103,8 @@ def kitchen_why_not(arch: str, ops: tuple[str, ...]) -> str | None:
 def branch(x: Tensor, layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     """``proj_down (K, R)``, ``proj_up (N, R)`` and the bias in x's dtype; R is 0 without a branch.
 
-    R is filled up with zeros to a multiple of 16, which LoRAs need not have: other ranks load slowly, and Triton would
-    compile every kernel once more for them.
+    R is filled up with zeros to a multiple of RANKS: others load slowly, and Triton would compile every kernel once
+    more for them.
     """
     if x.dtype in layer.ready:
         return layer.ready[x.dtype]
@@ -112,7 +112,7 @@ def branch(x: Tensor, layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | 
     down, up, bias = layer.proj_down, layer.proj_up, layer.bias
     if down is None or up is None:
         down, up = (torch.empty(size, 0, dtype=x.dtype, device=x.device) for size in (k, n))
-    if missing := -down.shape[1] % 16:
+    if missing := -down.shape[1] % RANKS:
         down, up = (torch.nn.functional.pad(each, (0, missing)) for each in (down, up))
     found = down.to(x.dtype), up.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if all(a is b for a, b in zip(found, (layer.proj_down, layer.proj_up, layer.bias))):  # takes no memory
@@ -123,11 +123,11 @@ def branch(x: Tensor, layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | 
 def once(layer: QuantizedLinear, name: str, make: Callable[[], Tensor]) -> Tensor:
     """A few numbers that follow from a layer's weight: made at the first call, unless that is captured into a graph,
     which computes them later."""
-    found = layer.ready.get(name)
+    found = layer.derived.get(name)
     if found is None:
         found = make()
         if not capturing(found.device):
-            layer.ready[name] = found
+            layer.derived[name] = found
     return found
 
 
@@ -189,7 +189,7 @@ def mlp_scratch(m: int, first: QuantizedLinear, second: QuantizedLinear) -> int:
     """Bytes of the partial sums that :func:`triton_mlp` needs for ``m`` tokens."""
     from ..triton_kernels.gemm_w4a4_gelu import TILES
 
-    places, rank = -(-first.shape[0] // (64 * TILES)), -(-second.rank // 16) * 16
+    places, rank = -(-first.shape[0] // (64 * TILES)), -(-second.rank // RANKS) * RANKS
     return 4 * places * m * rank
 
 

@@ -5,7 +5,7 @@ Shapes: ``M`` tokens, ``K`` in_features, ``N`` out_features, ``R`` rank, ``G`` g
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ def linear_forward(
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
+RANKS = 16  # kernels take a rank that is a multiple of this
+
+
 @dataclass
 class QuantizedLinear:
     """One quantized linear, in the natural layout of the file format.
@@ -68,6 +71,7 @@ class QuantizedLinear:
     bias: Tensor | None = None
     act_unsigned: bool = False
     info: dict[str, Any] = field(default_factory=dict)
+    derived: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # from the weight
     ready: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # what callers find out
 
     @property
@@ -85,6 +89,16 @@ class QuantizedLinear:
         """All tensors there are, by name."""
         rest = {name: getattr(self, name) for name in ("smooth_factor", "proj_down", "proj_up", "bias")}
         return self.tensors | {name: tensor for name, tensor in rest.items() if tensor is not None}
+
+    def widened(self, up: Tensor, down: Tensor) -> "QuantizedLinear":
+        """With ``up (N, R)`` and ``down (R, K)`` in the branch, in their dtype."""
+        proj_down, proj_up = down.t(), up
+        if self.proj_down is not None and self.proj_up is not None:
+            proj_down = torch.cat([self.proj_down.to(down.dtype), proj_down], dim=1)
+            proj_up = torch.cat([self.proj_up.to(up.dtype), up], dim=1)
+        wider = replace(self, proj_down=proj_down, proj_up=proj_up)
+        wider.derived = self.derived  # its weight is the same
+        return wider
 
     @property
     def nbytes(self) -> int:

@@ -491,13 +491,13 @@ def test_what_follows_from_the_weight_is_made_once(kernel_device, monkeypatch, f
     layer, x = layer_and_input(fmt, unsigned=fmt == "int8", device=kernel_device)
     run = IMPLEMENTATIONS[fmt, name].run
     wanted = run(x, layer)
-    assert not {"row_scale", "weight_sum"} & set(layer.ready)
+    assert not {"row_scale", "weight_sum"} & set(layer.derived)
     made.append(True)
     for _ in range(2):
         assert torch.equal(run(x, layer), wanted)
-        assert len({"row_scale", "weight_sum"} & set(layer.ready)) == kept
+        assert len({"row_scale", "weight_sum"} & set(layer.derived)) == kept
     others, _ = layer_and_input(fmt, unsigned=fmt == "int8", device=kernel_device)
-    assert not replace(layer, bias=None).ready and not others.ready
+    assert not replace(layer, bias=None).derived and not others.derived
 
 
 # ---- the linear ------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, tile_of
 from .gemm_w8a8 import BLOCK_R, add_branch
+from .launching import launch
 from .tiles import Tiles, measured
 
 FLOAT16S = (torch.bfloat16, torch.float16)
@@ -158,7 +159,9 @@ def gemm_nvfp4(
     scale_type = torch.float8_e4m3fn if tiles["NATIVE"] else torch.uint8  # Ampere has no e4m3, not even to load
     grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
-        gemm_nvfp4_kernel[grid](
+        launch(
+            gemm_nvfp4_kernel,
+            grid,
             codes.view(torch.uint8).contiguous(),
             scales.contiguous().view(scale_type),
             weight.view(torch.uint8).contiguous(),

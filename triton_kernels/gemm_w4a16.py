@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, cdiv, custom_op, expect
+from .launching import launch
 from .rounding import codes_of
 
 FLOAT16S = (torch.bfloat16, torch.float16)
@@ -115,7 +116,9 @@ def gemm_w4a16(
     if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:  # pairs of columns are read as one int32
         x = x.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device_of(x):
-        gemm_w4a16_kernel[(m, cdiv(n, CONFIG["BLOCK_N"]))](
+        launch(
+            gemm_w4a16_kernel,
+            (m, cdiv(n, CONFIG["BLOCK_N"])),
             x,
             weight.view(torch.uint8).contiguous(),
             weight_scale.contiguous(),

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, block_r, branch_and_bias, cdiv, custom_op, expect, tile_of
+from .launching import launch
 from .tiles import Tiles, measured
 
 
@@ -224,7 +225,9 @@ def gemm_w4a4(
     conf = config(arch(codes.device), m, measured("gemm_w4a4", CHOICES, codes.device, m, 2 * codes.shape[1], n))
     grid = (cdiv(m, conf["BLOCK_M"]) * cdiv(n, conf["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
-        gemm_w4a4_kernel[grid](
+        launch(
+            gemm_w4a4_kernel,
+            grid,
             codes.contiguous(),
             scales,
             weight.contiguous().view(torch.int8),

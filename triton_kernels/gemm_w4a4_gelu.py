@@ -38,6 +38,7 @@ from .common import (
 )
 from .gemm_w4a4 import check, config, rowwise, scaled_sums
 from .inputs import SLOPE, gelu
+from .launching import launch
 from .quantize_act import GELU_SHIFT
 
 TILES = 4  # of 64 columns, for one program; places · M · R2 · 4 bytes, 48 places at FLUX's 12288 columns
@@ -177,7 +178,9 @@ def gemm_w4a4_gelu(
     partial = scales.new_empty((places, m, next_rank), dtype=torch.float32)
     conf = configured(arch(codes.device), m)
     with torch.cuda.device_of(codes):
-        gemm_w4a4_gelu_kernel[(cdiv(m, conf["BLOCK_M"]) * places,)](
+        launch(
+            gemm_w4a4_gelu_kernel,
+            (cdiv(m, conf["BLOCK_M"]) * places,),
             codes.contiguous(),
             scales,
             weight.contiguous().view(torch.int8),

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, tile_of
+from .launching import launch
 from .rounding import MAGIC, codes_of, columns_at_once, expect_e4m3, has_e4m3
 from .tiles import Tiles, measured
 
@@ -175,7 +176,9 @@ def gemm_w4a8(
     tiles = config(part, m, k, fp8, found)
     grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
-        gemm_w4a8_kernel[grid](
+        launch(
+            gemm_w4a8_kernel,
+            grid,
             codes.contiguous(),
             act_scales.contiguous(),
             weight.view(torch.int8).contiguous(),

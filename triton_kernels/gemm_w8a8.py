@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, tile_of
+from .launching import launch
 from .rounding import columns_at_once, expect_e4m3, has_e4m3
 from .tiles import Tiles, measured
 
@@ -184,7 +185,9 @@ def gemm_w8a8(
     tiles = config(part, m, n, k, fp8, found)
     grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),)
     with torch.cuda.device_of(codes):
-        gemm_w8a8_kernel[grid](
+        launch(
+            gemm_w8a8_kernel,
+            grid,
             codes.contiguous(),
             act_scales.contiguous(),
             weight.contiguous(),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, group_scales, pack_codes, quotient, round_to_code
 from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
+from .launching import launch
 from .tiles import Tiles, measured
 
 GELU_SHIFT = tl.constexpr(0.171875)
@@ -192,7 +193,9 @@ def quantize_act(
     even = k % width == x.shape[1] % width == 0 and rank > 0 and rank % conf["BLOCK_R"] == 0
     blocks = parts * cdiv(m // parts, conf["BLOCK_M"])
     with torch.cuda.device_of(x):
-        quantize_act_kernel[(blocks, cdiv(rank, conf["BLOCK_R"]) if rank else 1)](
+        launch(
+            quantize_act_kernel,
+            (blocks, cdiv(rank, conf["BLOCK_R"]) if rank else 1),
             **given, smooth_ptr=smooth_factor.contiguous(), down_ptr=proj_down,
             codes_ptr=codes, scales_ptr=scales, hidden_ptr=hidden, M=m, K=k, R=rank,
             down_stride_k=proj_down.stride(0), down_stride_r=proj_down.stride(1),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect
 from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
+from .launching import launch
 from .quantize_token import GELU_SHIFT, block_r, project, smoothed
 from .rounding import divide, magnitude_bits, reciprocal, round_half_even
 from .tiles import Tiles, measured
@@ -155,7 +156,9 @@ def quantize_nvfp4(
     tiles, width = config(arch(x.device), found), block_r(rank)
     even = k % tiles["BLOCK_K"] == x.shape[1] % tiles["BLOCK_K"] == 0 and rank > 0 and rank % width == 0
     with torch.cuda.device_of(x):
-        quantize_nvfp4_kernel[(parts * cdiv(m // parts, tiles["BLOCK_M"]), max(1, cdiv(rank, width)))](
+        launch(
+            quantize_nvfp4_kernel,
+            (parts * cdiv(m // parts, tiles["BLOCK_M"]), max(1, cdiv(rank, width))),
             **given, smooth=smooth_factor.contiguous(), down=proj_down.contiguous(),
             codes=codes, scales=scales.view(torch.uint8), hidden=hidden, M=m, K=k, R=rank,
             SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=width, EVEN=even, **tiles,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, quotient
 from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
+from .launching import launch
 from .rounding import divide, expect_e4m3, has_e4m3, magnitude_bits, reciprocal, round_half_even, safe_scale
 from .tiles import Tiles, measured
 
@@ -210,7 +211,9 @@ def quantize_token(
     even = k % wide == x.shape[1] % wide == 0 and rank > 0 and rank % widest == 0
     blocks = parts * cdiv(m // parts, tiles["BLOCK_M"])
     with torch.cuda.device_of(x):
-        quantize_token_kernel[(blocks, cdiv(rank, widest) if rank else 1)](
+        launch(
+            quantize_token_kernel,
+            (blocks, cdiv(rank, widest) if rank else 1),
             **given, smooth=smooth_factor.contiguous(), down=proj_down.contiguous(),
             codes=codes, scales=scales, hidden=hidden, M=m, K=k, R=rank,
             KIND=kind, SHIFT=GELU_SHIFT if act_unsigned else 0.0, BLOCK_R=widest, EVEN=even, **tiles,

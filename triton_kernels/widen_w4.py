@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, quotient
+from .launching import launch
 from .rounding import codes_of, expect_e4m3, has_e4m3, magnitude_bits, round_product, safe_scale
 
 KINDS = {"int8": torch.int8, "uint8": torch.int8, "fp8": torch.float8_e4m3fn}  # of the activations
@@ -115,7 +116,9 @@ def widen_w4(weight: Tensor, weight_scale: Tensor, kind: str) -> tuple[Tensor, T
         weight_sum.zero_()
     grid = (cdiv(n, CONFIG["BLOCK_N"]), cdiv(half // 32, CONFIG["GROUPS"] * CONFIG["STEPS"]))
     with torch.cuda.device_of(weight):
-        widen_w4_kernel[grid](
+        launch(
+            widen_w4_kernel,
+            grid,
             weight.view(torch.int8).contiguous(), weight_scale.contiguous(), w8, row_scale, weight_sum, n, 2 * half,
             KIND=kind, **CONFIG,
         )  # fmt: skip

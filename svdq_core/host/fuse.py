@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..deferred import deferred, deferring, gelu
 from ..linear import QuantizedLinear
-from .layout import layer_of, widened
+from .layout import layer_of
 from .ops import Linear
 
 
@@ -120,9 +120,9 @@ def unhooked(module: nn.Module) -> bool:
 
 def adapted(linear: Linear, x: Tensor) -> QuantizedLinear:
     """The linear with its adapters in the branch."""
-    weight: Any = linear.weight
-    if linear.adapters is not None:
-        branch = linear.adapters.to(x).branch
-        assert branch is not None
-        weight = widened(weight, branch.up, branch.down)
-    return layer_of(weight, linear.bias)
+    layer = layer_of(linear.weight, linear.bias)
+    if linear.adapters is None:
+        return layer
+    branch = linear.adapters.to(x).filled
+    assert branch is not None
+    return layer.widened(branch.up, branch.down)

@@ -168,11 +168,6 @@ def widen(weight: QuantizedTensor, up: Tensor, down: Tensor) -> QuantizedTensor:
     return QuantizedTensor(weight._qdata, LAYOUT, replace(params, proj_down=down, proj_up=up))
 
 
-def widened(weight: QuantizedTensor, up: Tensor, down: Tensor) -> QuantizedTensor:
-    """:func:`widen`, as torch's own function where torch.compile has to see it."""
-    return torch.addmm(weight, up, down) if torch.compiler.is_compiling() else widen(weight, up, down)
-
-
 def handle_linear(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return linear(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
 

@@ -9,12 +9,12 @@ from comfy.ops import cast_bias_weight, run_every_op, uncast_bias_weight
 from torch import Tensor, nn
 
 from .. import backends
-from ..adapters import Adapters
+from ..adapters import Adapters, LowRank
 from ..deferred import Deferred, deferring, plain
 from ..errors import SVDQuantError
 from ..linear import QuantizedLinear
 from .adapters import Patch, build, signature
-from .layout import as_linear, as_tensor, is_quantized, linear, shift_bias, widened
+from .layout import as_linear, as_tensor, is_quantized, layer_of, shift_bias
 
 DISK_NAMES = ("weight_scale", "weight_scale_2", "weight_zero", "smooth_factor", "proj_down", "proj_up", "comfy_quant")
 
@@ -160,17 +160,15 @@ class Linear(comfy.ops.manual_cast.Linear):
     def adapted(self, adapters: Adapters, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         """:meth:`forward` with adapters; low rank is part of the weight's own branch."""
         adapters = adapters.to(x)
-        if adapters.branch is not None:
-            weight = widened(weight, adapters.branch.up, adapters.branch.down)
         if not adapters.others:
-            return product(x, weight, bias)
+            return product(x, weight, bias, adapters.filled)
         x = plain(x)
         outside = None  # a bias that is not adapted with the weight's output
         if not adapters.additive:
             outside = self.plain_bias(bias, x) if is_quantized(weight) else bias
 
         def f(rows: Tensor) -> Tensor:
-            y = nn.functional.linear(rows, weight, bias)
+            y = product(rows, weight, bias, adapters.filled)
             return y if outside is None else y - outside
 
         y = adapters(f, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
@@ -271,14 +269,19 @@ class Linear(comfy.ops.manual_cast.Linear):
         self.weight_patch = patch
 
 
-def product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-    """``x (..., K)`` times ``weight (N, K)``, quantized or not; a deferred x reaches the quantizer as it is.
+def product(x: Tensor, weight: Any, bias: Tensor | None, branch: LowRank | None = None) -> Tensor:
+    """``x (..., K)`` times ``weight (N, K)``, quantized or not, and with what else is in the branch.
 
-    torch.compile and autograd have to see torch's own function, whose way through the weight's class costs the host 40
-    µs.
+    A deferred x reaches the quantizer as it is. torch.compile and autograd have to see torch's own functions, whose way
+    through the weight's class costs the host 40 µs.
     """
     if is_quantized(weight) and not (torch.compiler.is_compiling() or backends.wants_gradient(x)):
-        return linear(x, weight, bias)
+        layer = layer_of(weight, bias)
+        if branch is not None:
+            layer = layer.widened(branch.up, branch.down)
+        return backends.linear(x, layer, weight._params.activations)
+    if branch is not None:
+        weight = torch.addmm(weight, branch.up, branch.down)
     return nn.functional.linear(x, weight, bias)
 
 

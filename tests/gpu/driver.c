@@ -406,6 +406,13 @@ API CUresult cuPointerGetAttribute(void *v, CUpointer_attribute which, CUdevicep
     *(CUdeviceptr *)v = p;
     return 0;
 }
+API CUresult cuMemGetAddressRange_v2(CUdeviceptr *start, size_t *size, CUdeviceptr p) {
+    pthread_mutex_lock(&lock);
+    struct block *b = *find((void *)p);
+    if (b) *start = (CUdeviceptr)b->start, *size = b->size;
+    pthread_mutex_unlock(&lock);
+    return b ? 0 : CUDA_ERROR_NOT_FOUND;
+}
 API CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; return 0; }
 API CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **arguments, void **more) { return launched(); }
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -17,6 +18,13 @@ def install() -> None:
 
     for backend in ("cuda", "triton"):
         registry.disable(backend)
+
+
+def reachable(argument: Any, kind: str) -> Any:
+    """What a kernel gets, where the emulation can read and write it."""
+    if isinstance(argument, Tensor):
+        return operators.shared(argument)
+    return operators.memory_at(argument) if kind.startswith("*") and argument else argument
 
 
 class Driver:
@@ -37,15 +45,17 @@ class Driver:
         from ptx.driver import Launcher
 
         class OnStream(Launcher):
-            """With tensors of the GPU, on torch's current stream."""
+            """With tensors of the GPU, or addresses of its memory, on torch's current stream."""
 
             def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
                 assert stream == torch.cuda.current_stream().cuda_stream
                 if any(isinstance(each, Tensor) and not each.is_cuda and each.dim() for each in rest):
                     raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
                 operators.arrive()
-                on_cpu = [operators.shared(each) if isinstance(each, Tensor) else each for each in rest]
-                super().__call__(x, y, z, stream, *on_cpu)
+                head, arguments = rest[: -len(self.kinds)], rest[-len(self.kinds) :]
+                with _disable_current_modes():  # a GPU asks torch for nothing
+                    on_cpu = [reachable(each, kind) for each, kind in zip(arguments, self.kinds, strict=True)]
+                    super().__call__(x, y, z, stream, *head, *on_cpu)
 
         return OnStream
 

@@ -56,6 +56,15 @@ def shared(tensor: Tensor) -> Tensor:
     return found.conj() if tensor.is_conj() else found
 
 
+def memory_at(address: int) -> Tensor:
+    """A tensor of the CPU from an address of the GPU to the end of what was allocated there."""
+    start, size = ctypes.c_uint64(), ctypes.c_size_t()
+    error = DRIVER.cuMemGetAddressRange_v2(ctypes.byref(start), ctypes.byref(size), ctypes.c_uint64(address))
+    assert not error, f"no memory at {address:#x}"
+    memory = (ctypes.c_uint8 * (start.value + size.value - address)).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 def span(tensor: Tensor) -> int:
     """Bytes from its first element to its last."""
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
