@@ -41,12 +41,13 @@ def target(arch: str) -> Any:
 def compile_case(case: tuple, arch: str) -> Any:
     """Triton's compiled kernel of one entry of a file's `compile_cases`."""
     import triton
+    from comfyui_svdquant.triton_kernels.launching import OPTIONS
     from triton.compiler import ASTSource
 
     kernel, types, constants, options = case
     names = [p.name for p in kernel.params]
     constants = dict(constants)
-    options = dict(options)
+    options = {**options, **OPTIONS}
     constants |= {name: options.pop(name) for name in list(options) if name in names}
     types = {name: t for name, t in types.items() if name not in constants}
     constants |= {name: t for name, t in constants.items() if not isinstance(t, str)}

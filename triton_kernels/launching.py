@@ -32,9 +32,12 @@ class Heard(threading.local):
 HEARD = Heard()
 
 
+OPTIONS = {"enable_fp_fusion": True}  # products and sums in one instruction: Triton 3.10 is to stop that by default
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
     """``kernel[grid](*arguments, **named)``."""
-    compiled = kernel[grid](*arguments, **named)
+    compiled = kernel[grid](*arguments, **named, **OPTIONS)
     if HEARD.lists:
         given = dict(zip(kernel.arg_names, arguments)) | named
         ordered = [given[name] for name in kernel.arg_names]

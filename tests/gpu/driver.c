@@ -414,6 +414,13 @@ API CUresult cuMemGetAddressRange_v2(CUdeviceptr *start, size_t *size, CUdevicep
     return b ? 0 : CUDA_ERROR_NOT_FOUND;
 }
 API CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; return 0; }
+API CUresult cuDriverGetVersion(int *v) { return cudaDriverGetVersion(v) ? CUDA_ERROR_INVALID_VALUE : 0; }
+API CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *status) {
+    return cudaStreamIsCapturing((cudaStream_t)s, (enum cudaStreamCaptureStatus *)status) ? CUDA_ERROR_INVALID_VALUE : 0;
+}
+API CUresult cuModuleUnload(CUmodule m) { return 0; }
+API CUresult cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
+                            unsigned shared, CUstream s, void **arguments, void **more) { return launched(); }
 API CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **arguments, void **more) { return launched(); }
 
 struct physical { int file; size_t size; };

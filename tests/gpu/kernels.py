@@ -13,7 +13,7 @@ from . import operators
 
 def install() -> None:
     """Triton's driver is this one; comfy-kitchen's kernels, which bring a CUDA runtime of their own, are not used."""
-    driver._active = Driver()
+    driver.set_active(Driver())
     from comfy_kitchen.registry import registry
 
     for backend in ("cuda", "triton"):
