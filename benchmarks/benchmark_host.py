@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/benchmark_host.py [--json FILE]
     SVDQ_GPU_IDLE=1 .venv/bin/python tests/gpu .venv/bin/python benchmarks/benchmark_host.py     without a GPU
 
-In ComfyUI's own blocks, with all weights on the GPU. They are small, so that no GPU is slower than the host; its time
-does not depend on their size. Without a GPU there is one that does nothing (`tests/gpu/idle.py`; it needs a C compiler,
-as Triton does), and the 16-bit products and the attention are allocations only.
+In ComfyUI's own blocks, with all weights on the GPU; with `--dynamic-vram` as ComfyUI holds them unless told otherwise,
+and looks after them at every call. They are small, so that no GPU is slower than the host; its time does not depend on
+their size. Without a GPU there is one that does nothing (`tests/gpu/idle.py`; it needs a C compiler, as Triton does),
+and the 16-bit products and the attention are allocations only.
 """
 
 import argparse
@@ -54,16 +55,32 @@ def models(folder: Path) -> dict[str, Any]:
 
 
 def with_lora(model: Any) -> Any:
-    """One of rank 16 on every linear, in the branch."""
+    """One of rank 16 on every linear with a branch."""
     from comfy.weight_adapter.lora import LoRAAdapter
     from comfyui_svdquant.svdq_core.host.ops import Linear
 
-    for name, linear in model.model.diffusion_model.named_modules():
+    patches = {}
+    for name, linear in model.model.named_modules():
         if isinstance(linear, Linear) and linear.quantized:
             up, down = torch.randn(linear.out_features, 16) / 100, torch.randn(16, linear.in_features) / 100
-            patch = (1.0, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None)
-            linear.set_patches(f"{name}.weight", [patch], up.bfloat16().cuda())
+            patches[f"{name}.weight"] = LoRAAdapter(set(), (up, down, 1.0, None, None, None))
+    model.add_patches(patches)
     return model
+
+
+def use_dynamic_vram() -> None:
+    """As ComfyUI's main.py does."""
+    import comfy_aimdo.control
+
+    comfy_aimdo.control.init()  # before anything of ComfyUI's is imported
+    import comfy.memory_management
+    import comfy.model_patcher
+
+    if not comfy_aimdo.control.init_devices([(0, 0)]):
+        raise SystemExit("ComfyUI's dynamic VRAM does not work here.")
+    comfy_aimdo.control.set_log_error()
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
 
 
 def calls(model: Any) -> dict[str, Callable[[], Any]]:
@@ -72,7 +89,10 @@ def calls(model: Any) -> dict[str, Callable[[], Any]]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda").bfloat16()
 
-    flux = model.model.diffusion_model.to("cuda")
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    flux = model.model.diffusion_model
     image, text, vec = (random(*shape, small_flux.HIDDEN) for shape in ((1, IMAGE), (1, TEXT), (1,)))
     both, pe = torch.cat([image, text], 1), torch.randn(1, 1, IMAGE + TEXT, 64, 2, 2, device="cuda")
     double, single = flux.double_blocks[0], flux.single_blocks[0]
@@ -99,6 +119,7 @@ def through(model: str) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here, for benchmarks/results/")
+    parser.add_argument("--dynamic-vram", action="store_true", help="hold weights as ComfyUI does by default")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("there is no GPU; see above for the one that does nothing.")
@@ -106,7 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     if os.environ.get("SVDQ_GPU_IDLE"):
         backends.is_right = tape.same = lambda *about: True  # nothing that it computes is
     device = backends.device_key(torch.device("cuda"))
-    print(device)
+    print(device + ("; dynamic VRAM" if arguments.dynamic_vram else ""))
+    if arguments.dynamic_vram:
+        use_dynamic_vram()
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         rows: list[dict[str, Any]] = [
             {"model": name} | {kind: microseconds(run) for kind, run in calls(model).items()}
