@@ -91,13 +91,13 @@ def as_linear(qdata: Tensor, params: SVDQuantParams, bias: Tensor | None = None)
 
 def layer_of(weight: QuantizedTensor, bias: Tensor | None) -> QuantizedLinear:
     """:func:`as_linear` of a weight, and the same one as long as weight and bias are: it keeps what is found out."""
-    parts = (weight._qdata, weight._params, bias)
+    qdata, params = weight._qdata, weight._params
     if torch.compiler.is_compiling():
-        return as_linear(*parts)
+        return as_linear(qdata, params, bias)
     kept = weight.__dict__.get("svdquant")
-    if kept is None or any(new is not old for new, old in zip(parts, kept[0])):
-        kept = weight.__dict__["svdquant"] = (parts, as_linear(*parts))
-    return kept[1]
+    if kept is None or kept[0] is not qdata or kept[1] is not params or kept[2] is not bias:
+        kept = weight.__dict__["svdquant"] = (qdata, params, bias, as_linear(qdata, params, bias))
+    return kept[3]
 
 
 def as_tensor(layer: QuantizedLinear, dtype: torch.dtype) -> QuantizedTensor:
