@@ -253,7 +253,7 @@ RUN |= dict.fromkeys(("tcgen05.wait::ld", "tcgen05.wait::st", "tcgen05.relinquis
 def step(i: Instruction) -> Callable[[Block, Mask], None] | None:
     """What the instruction does; None for those that only say where threads go on."""
     name = ".".join(i.op[:2])
-    if i.op[0] in ("bra", "ret") or name in ("bar.sync", "mbarrier.try_wait"):
+    if i.op[0] in ("bra", "ret") or name in ("bar.sync", "barrier.sync", "mbarrier.try_wait"):
         return None
     run = RUN.get(name) or RUN.get(i.op[0])
     if run is None:

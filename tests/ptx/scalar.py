@@ -77,6 +77,8 @@ def arithmetic(f: Callable[..., Values]) -> Callable[..., Values]:
     def run(parts: tuple[str, ...], *values: Values) -> Values:
         if parts[-1].endswith("x2"):
             return packed(parts, f, *values)
+        if parts[-2:] in MIXED:
+            return f(*(from_bf16(v) if v.dtype == np.uint16 else v.astype(np.float32) for v in values))
         if parts[-1] == "bf16":
             return to_bf16(f(*(from_bf16(v) for v in values)))
         return f(*values)
@@ -147,6 +149,14 @@ def bfe(parts: tuple[str, ...], a: Values, position: Values, length: Values) -> 
     if parts[-1] == "s32":
         field = np.where(field >> np.maximum(length - 1, 0) & 1, field - (1 << length), field)
     return field.astype(a.dtype)
+
+
+def bfi(parts: tuple[str, ...], a: Values, b: Values, position: Values, length: Values) -> Values:
+    """b with the lowest bits of a from ``position`` on."""
+    position, length = position.astype(np.int64), length.astype(np.int64)
+    field = ((1 << length) - 1) << position
+    bits = b.astype(np.int64) & ~field | a.astype(np.int64) << position & field
+    return (bits & 0xFFFFFFFF).astype(b.dtype)
 
 
 def prmt(parts: tuple[str, ...], a: Values, b: Values, selectors: Values) -> Values:
@@ -225,6 +235,7 @@ OPS: dict[str, Callable[..., Values]] = {
     "shl": shift_left,
     "shr": shift_right,
     "bfe": bfe,
+    "bfi": bfi,
     "prmt": prmt,
     "setp": setp,
     "selp": lambda parts, a, b, p: np.where(p, a, b),
@@ -235,13 +246,20 @@ OPS: dict[str, Callable[..., Values]] = {
 }
 
 
+MIXED = (("f32", "bf16"), ("f32", "f16"))  # sums in float32 of which all but the last one come narrower (9.7.5)
+
+
 def sources(op: tuple[str, ...]) -> list[str]:
     """The type by which each source is read."""
     name, kind = op[0], op[-1]
+    if op[-2:] in MIXED and name in ("add", "sub", "fma"):
+        return [kind, kind, "f32"] if name == "fma" else [kind, "f32"]
     if name == "mad" and op[1] == "wide":
         return [kind, kind, f"{kind[0]}{int(kind[1:]) * 2}"]
     if name in ("shl", "shr"):
         return [kind, "u32"]
+    if name == "bfi":
+        return [kind, kind, "u32", "u32"]
     if name == "bfe":
         return [kind, "u32", "u32"]
     if name == "selp":

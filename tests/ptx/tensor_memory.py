@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .machine import Block, Mask
 
 COLUMNS = 512
-FORMATS = {"f16": ("f16", "bf16"), "f8f6f4": ("e4m3",), "mxf4nvf4": (None, "e2m1")}  # by number in a descriptor
+FORMATS = {"f16": ("f16", "bf16"), "f8f6f4": ("e4m3",), "mxf4nvf4": (None, "e2m1"), "i8": (None, "s8")}  # by number
 DEPTH = 32  # bytes of a row of A or of a column of B that one instruction multiplies, whatever the type
 
 
@@ -141,16 +141,18 @@ def product(
     """D = A B + D (section 9.7.16.10); ``form``: the instruction descriptor (9.7.16.4.2)."""
     rows, columns = (form >> 24 & 31) << 4, (form >> 17 & 63) << 3
     known = 7 << 7 | 7 << 10 | 3 << 15 | 63 << 17 | 31 << 24
-    assert form & ~known == (0 if by else 1 << 4), f"sparse, negated, or no float32 sums: {form:#x}"
+    sums = 0 if by else 2 << 4 if kind == "i8" else 1 << 4  # float32, or int32
+    assert form & ~known == sums, f"sparse, negated, saturating, or other sums: {form:#x}"
     kinds = FORMATS[kind][form >> 7 & 7], FORMATS[kind][form >> 10 & 7]
-    assert kinds[0] == kinds[1], kinds
+    assert kinds[0] and kinds[0] == kinds[1], kinds
     x = left(rows, DEPTH, kinds[0], bool(form >> 15 & 1))
     y = right(columns, DEPTH, kinds[1], bool(form >> 16 & 1))
     if by:
         x, y = (v * np.repeat(scales(memory, at, len(v)), 16, axis=1) for v, at in zip((x, y), by, strict=True))
     at = lanes(target, rows), memory.columns(target, columns)
-    cells = memory.cells.view(np.float32)
-    cells[at] = matrix.multiply(x, y.T, cells[at] if adding else np.zeros((rows, columns), "f4"), kinds[0], None)
+    cells = memory.cells.view(np.int32 if kind == "i8" else np.float32)
+    before = cells[at] if adding else np.zeros((rows, columns), cells.dtype)
+    cells[at] = matrix.multiply(x, y.T, before, kinds[0], None)
 
 
 def factor(b: Block, arg, mask: Mask) -> Operand:
@@ -162,9 +164,12 @@ def factor(b: Block, arg, mask: Mask) -> Operand:
     return partial(matrix.described, b.shared, descriptor)
 
 
+BLOCK16 = (("block_scale", "scale_vec::4X"), ("block_scale", "block16"))  # two names of a scale for 16 elements
+
+
 def mma(i: Instruction, b: Block, mask: Mask) -> None:
     assert mask is not None and mask.sum() == 1, "one thread starts a product"
-    kind, scaled = i.op[3].removeprefix("kind::"), i.op[4:] == ("block_scale", "scale_vec::4X")
+    kind, scaled = i.op[3].removeprefix("kind::"), i.op[4:] in BLOCK16
     (target, left, right, form), by, add = i.args[:4], i.args[4:-1], i.args[-1]
     assert scaled == (kind == "mxf4nvf4") and (scaled or not i.op[4:]) and len(by) == 2 * scaled, i.text
     factors = factor(b, left, mask), factor(b, right, mask)
