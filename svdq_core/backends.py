@@ -394,7 +394,9 @@ def again(
         return found
     if case in TAPES or not recordable(way, x):
         return attempt(way, activations, x, *layers)
-    found, TAPES[case] = record(lambda: attempt(way, activations, x, *layers), given)
+    found, written = record(lambda: attempt(way, activations, x, *layers), given)
+    if found is not None:
+        TAPES[case] = written
     return found
 
 

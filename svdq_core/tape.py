@@ -36,7 +36,7 @@ class Op(NamedTuple):
 
     @property
     def is_view(self) -> bool:
-        """Whether it only looks at one of its tensors otherwise; where autograd is off that is no matter of the op."""
+        """Whether it only looks at one of its tensors otherwise. Its schema does not say: reshape may, or may copy."""
         tensors = [a for a in self.arguments if isinstance(a, Tensor)]
         if self.func._schema.is_mutable or not isinstance(self.result, Tensor):
             return False
