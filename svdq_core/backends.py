@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from .implementations import (
     torch_mlp,
 )
 from .linear import QuantizedLinear, linear_forward
-from .tape import Tape, case_of, record
+from .tape import Tape, aligned, case_of, record
 
 
 def begins_with(name: str, beginning: str) -> bool:
@@ -389,22 +390,38 @@ def again(
     if way is None or not_captured(way, x.device):
         return None
     tape = TAPES.get(case)
-    if tape is not None and (found := played(case, tape, given)) is not None:
-        LAST_USED[x.device] = way.name
-        return found
-    if case in TAPES or not recordable(way, x):
+    if tape is not None and not (tape.derives and met_before(layers)):
+        found = played(case, tape, given)
+        if found is not None:
+            LAST_USED[x.device] = way.name
+            return found
+    if case in TAPES or not recordable(way, x, given):
         return attempt(way, activations, x, *layers)
+    derived = sum(len(layer.derived) for layer in layers)
     found, written = record(lambda: attempt(way, activations, x, *layers), given)
     if found is not None:
-        TAPES[case] = written
+        derives = derived != sum(len(layer.derived) for layer in layers)
+        TAPES[case] = written and replace(written, derives=derives)
     return found
 
 
-def recordable(way: Implementation, x: Tensor) -> bool:
+def met_before(layers: tuple[QuantizedLinear, ...]) -> bool:
+    """Whether these very layers come again, so that what follows from their weights is worth keeping.
+
+    Weights that are on their way from the CPU are others at every call.
+    """
+    met = all("met" in layer.ready for layer in layers)
+    for layer in layers:
+        layer.ready["met"] = True
+    return met
+
+
+def recordable(way: Implementation, x: Tensor, given: list[Tensor]) -> bool:
     """Whether all that it does is to launch our kernels on a GPU, and nobody else listens, and it may wait for that."""
     if way.library != "triton" or not x.is_cuda or (isinstance(x, Deferred) and not way.before):
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and not capturing(x.device)
+    here = torch.cuda.current_device() == x.device.index and aligned(given)
+    return here and torch._C._len_torch_dispatch_stack() == 0 and not capturing(x.device)
 
 
 def played(case: tuple[Any, ...], tape: Tape, given: list[Tensor]) -> Tensor | None:
@@ -415,7 +432,7 @@ def played(case: tuple[Any, ...], tape: Tape, given: list[Tensor]) -> Tensor | N
         return tape.play(given)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:
+    except Exception:
         TAPES[case] = None
         return None
 
@@ -681,7 +698,7 @@ def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activati
     case, given = case_of(x, (first, second), "int4", activations, FORCED)
     if (found := again(case, given, activations, x, first, second)) is not None:
         return found
-    if case not in CHOSEN and may_be_one(x, first, second, activations):
+    if CHOSEN.get(case, FUSED_MLP) is not None and may_be_one(x, first, second, activations):
         size = size_class(x.numel() // x.shape[-1])
         for way in ways(FUSED_MLP, x, second.act_unsigned):
             if rejected(spot(way, activations, x, first, second)):

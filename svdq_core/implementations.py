@@ -121,8 +121,8 @@ def branch(x: Tensor, layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | 
 
 
 def once(layer: QuantizedLinear, name: str, make: Callable[[], Tensor]) -> Tensor:
-    """A few numbers that follow from a layer's weight: made at the first call, unless that is captured into a graph,
-    which computes them later."""
+    """A few numbers that follow from a layer's weight: made once and kept, unless that is captured into a graph, which
+    computes them later. A tape may make them again for layers that are met for the first time."""
     found = layer.derived.get(name)
     if found is None:
         found = make()

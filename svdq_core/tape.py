@@ -73,9 +73,13 @@ class Tape:
     begins: list[int]  # in them
     made: list[tuple[tuple[int, ...], torch.dtype]]  # tensors that torch sees, too
     rest: list[Any]  # further arguments
+    derives: bool = False  # whether it makes again what follows from a weight, and might have been kept
 
     def play(self, given: Sequence[Tensor]) -> Tensor | None:
-        """The result for others of the same form, on the current stream; None if one of them is not aligned."""
+        """The result for others of the same form, on the current stream; None if one of them is not aligned.
+
+        The current device has to be theirs.
+        """
         addresses = [tensor.data_ptr() for tensor in given]
         if reduce(or_, addresses) % ALIGNED:
             return None
@@ -111,23 +115,28 @@ def record(run: Callable[[], Tensor | None], given: Sequence[Tensor]) -> tuple[T
 
 def same(a: Tensor, b: Tensor | None) -> bool:
     """Whether all bits are."""
-    return b is not None and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return b is not None and torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def aligned(given: Sequence[Tensor]) -> bool:
+    """Whether a tape can be played with them."""
+    return not any(tensor.data_ptr() % ALIGNED for tensor in given)
 
 
 # ---- cases -----------------------------------------------------------------------------------------------
 
-FORMS: dict[tuple[Any, ...], int] = {}
+FORMS: dict[tuple[Any, ...], object] = {}
+Form = tuple[object, tuple[Tensor, ...], int]
 
 
-def form(layer: QuantizedLinear) -> tuple[int, tuple[Tensor, ...]]:
-    """A number that layers of one form have in common, and the tensors of this one, in that form's order."""
-    found: tuple[int, tuple[Tensor, ...]] | None = layer.ready.get("form")
-    if found is None or layer.ready["derived"] != len(layer.derived):
+def form(layer: QuantizedLinear) -> Form:
+    """What layers of one form have in common, the tensors of this one in their order, and how many are derived."""
+    found: Form | None = layer.ready.get("form")
+    if found is None or found[2] != len(layer.derived):
         tensors = layer.parts | layer.derived
         about = [(name, each.dtype, each.shape, each.stride()) for name, each in tensors.items()]
-        number = FORMS.setdefault((layer.fmt.name, layer.act_unsigned, *about), len(FORMS))
-        found = layer.ready["form"] = number, tuple(tensors.values())
-        layer.ready["derived"] = len(layer.derived)
+        same = FORMS.setdefault((layer.fmt.name, layer.act_unsigned, *about), object())
+        found = layer.ready["form"] = same, tuple(tensors.values()), len(layer.derived)
     return found
 
 
@@ -135,8 +144,8 @@ def case_of(x: Tensor, layers: Sequence[QuantizedLinear], *rest: Any) -> tuple[t
     """What a choice, and a tape, for ``x (..., K)`` and the layers hold for; and the tensors that are given."""
     pieces, before = pieces_of(x)
     forms = [form(layer) for layer in layers]
-    key = (*rest, x.device, before, *[number for number, _ in forms], *[(p.dtype, p.shape, p.stride()) for p in pieces])
-    return key, [*pieces, *(tensor for _, tensors in forms for tensor in tensors)]
+    key = (*rest, x.device, before, *[each[0] for each in forms], *[(p.dtype, p.shape, p.stride()) for p in pieces])
+    return key, [*pieces, *(tensor for each in forms for tensor in each[1])]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------
@@ -207,7 +216,7 @@ class Writer:
         self.count += 1
         self.places[heard.result.data_ptr()] = place = self.value(None)
         given = [(value if index is None else None, index) for value, index in zip(heard.arguments, arguments)]
-        return partial(op_again, partial(heard.func, **heard.named), given, place)
+        return partial(op_again, partial(heard.func, **heard.named), given, place, heard.result.dtype)
 
 
 def launch_again(again: Callable[..., None], arguments: Callable[[list[Any]], Any], _: Any, values: list[Any]) -> None:
@@ -218,11 +227,14 @@ def op_again(
     func: Callable[..., Tensor],
     given: list[tuple[Any, int | None]],
     place: int,
+    dtype: torch.dtype,
     tensors: list[Tensor],
     values: list[Any],
 ) -> None:
     """``given`` are the op's arguments as they were, and which one of the tensors each of them is, if any."""
     result = func(*(value if index is None else tensors[index] for value, index in given))
+    if result.dtype != dtype:
+        raise UnrepeatableError(f"{result.dtype} instead of {dtype}, as under autocast")
     tensors.append(result)
     values[place] = result.data_ptr()
 

@@ -52,6 +52,14 @@ def test_what_cannot_be_played_goes_the_long_way(facts):
 
 
 @LINUX
+def test_what_follows_from_a_weight_is_kept_by_layers_that_stay(facts):
+    """A tape would make it at every call. New layers, as of weights that are on their way, are played all the same."""
+    found = facts["derived"]
+    assert found["right"] and found["kept"] == [["row_scale"]] * 4
+    assert found["new"] and not found["asked"]
+
+
+@LINUX
 def test_it_keeps_no_memory(facts):
     assert facts["leftover"] == 0
 

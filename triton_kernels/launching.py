@@ -14,7 +14,7 @@ class Launch(NamedTuple):
     arguments: list[Any]
 
     def again(self) -> Any:
-        """What launches it on the current stream, given its arguments; tensors may be addresses.
+        """What launches it on the current stream of its device, given its arguments; tensors may be addresses.
 
         Triton does not look at them any more: they have to be of the same dtypes, aligned to 16 bytes as before, and
         numbers have to be the same ones.

@@ -105,7 +105,7 @@ class Linear(comfy.ops.manual_cast.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         run_every_op()
-        weight, bias = self._parameters["weight"], self._parameters["bias"]  # torch's way to them takes 1 µs each
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")  # torch's way takes 1 µs
         if self.at_hand(x, weight, bias):  # ComfyUI would find that out in 20 µs
             return self.adapted(self.adapters, x, weight, bias) if self.adapters else product(x, weight, bias)
         quantized = is_quantized(weight)

@@ -27,7 +27,7 @@ launch, JITFunction.run = JITFunction.run, counted
 
 
 def layer(fmt: str, k: int, n: int, unsigned: bool = False, rank: int = 16, other: bool = False) -> QuantizedLinear:
-    """Two of the same form, and with what follows from the weight already there."""
+    """Two of the same form."""
     found, _ = backends.random_layer(FORMATS[fmt], M, k, n, GPU, torch.bfloat16, rank, unsigned)
     if other:
         found = replace(found, tensors=found.tensors | {"weight": found.tensors["weight"].flip(0)})
@@ -117,6 +117,20 @@ def through_the_linear() -> dict[str, Any]:
     return found
 
 
+def derived() -> dict[str, Any]:
+    """What follows from a weight, for layers that stay and for those that are new at every call."""
+    backends.FORCED = "triton-w4a8-int8"
+    backends.forget()
+    layers, x = [layer("int4", K, N, other=bool(i % 2)) for i in range(4)], inputs("")
+    run = IMPLEMENTATIONS["int4", backends.FORCED].run
+    wanted = [run(x[0], replace(each)) for each in layers]
+    rounds = [[torch.equal(backends.linear(x, each)[0], y) for each, y in zip(layers, wanted)] for _ in range(3)]
+    kept = [list(each.derived) for each in layers]
+    ASKED.clear()
+    new = [torch.equal(backends.linear(x, replace(each))[0], y) for each, y in zip(layers, wanted)]
+    return {"right": all(map(all, rounds)), "kept": kept, "new": all(new), "asked": list(ASKED)}
+
+
 def leftover() -> int:
     """Bytes that a tape keeps."""
     here, x = layer("int4", K, N), inputs("")
@@ -134,7 +148,8 @@ def main() -> None:
     for name, (implementation, before, unsigned) in ways().items():
         pair = [[layer(implementation.fmt, K, N, unsigned, other=other)] for other in (False, True)]
         layers[name] = again(implementation, before, *pair)
-    print(json.dumps({"again": layers | {"mlp": mlp()}, "linear": through_the_linear(), "leftover": leftover()}))
+    found = {"linear": through_the_linear(), "derived": derived(), "leftover": leftover()}
+    print(json.dumps({"again": layers | {"mlp": mlp()}, **found}))
 
 
 if __name__ == "__main__":
