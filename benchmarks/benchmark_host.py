@@ -85,11 +85,10 @@ def use_dynamic_vram() -> None:
 
 def calls(model: Any) -> dict[str, Callable[[], Any]]:
     """Run a block of each kind, on inputs that nobody looks at."""
+    import comfy.model_management
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda").bfloat16()
-
-    import comfy.model_management
 
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     flux = model.model.diffusion_model

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -343,13 +343,23 @@ def run_linear(x: Tensor, layer: QuantizedLinear, activations: str) -> Tensor:
     if (found := again(case, given, activations, x, layer)) is not None:
         return found
     for implementation in working(x, layer, activations):
-        for way in ways(implementation, x, layer.act_unsigned):
-            if rejected(spot(way, activations, x, layer)):
-                continue
-            if (found := attempt(way, activations, x, layer)) is not None:
-                remember(case, way, x.device)
-                return found
+        found = first_that_works(ways(implementation, x, layer.act_unsigned), case, activations, x, layer)
+        if found is not None:
+            return found
     raise AssertionError("plain torch is always the last")
+
+
+def first_that_works(
+    candidates: Iterable[Implementation], case: tuple[Any, ...], activations: str, x: Tensor, *layers: QuantizedLinear
+) -> Tensor | None:
+    """Its result, and it is the choice from now on; None if all have failed on such shapes, or do now."""
+    for way in candidates:
+        if rejected(spot(way, activations, x, *layers)):
+            continue
+        if (found := attempt(way, activations, x, *layers)) is not None:
+            remember(case, way, x.device)
+            return found
+    return None
 
 
 def spot(way: Implementation, activations: str, x: Tensor, *layers: QuantizedLinear) -> tuple[Any, ...]:
@@ -420,7 +430,7 @@ def recordable(way: Implementation, x: Tensor, given: list[Tensor]) -> bool:
     """Whether all that it does is to launch our kernels on a GPU, and nobody else listens, and it may wait for that."""
     if way.library != "triton" or not x.is_cuda or (isinstance(x, Deferred) and not way.before):
         return False
-    here = torch.cuda.current_device() == x.device.index and aligned(given)
+    here = torch.cuda.current_device() == x.device.index and aligned(tensor.data_ptr() for tensor in given)
     return here and torch._C._len_torch_dispatch_stack() == 0 and not capturing(x.device)
 
 
@@ -699,15 +709,10 @@ def run_mlp(x: Tensor, first: QuantizedLinear, second: QuantizedLinear, activati
     if (found := again(case, given, activations, x, first, second)) is not None:
         return found
     if CHOSEN.get(case, FUSED_MLP) is not None and may_be_one(x, first, second, activations):
-        size = size_class(x.numel() // x.shape[-1])
-        for way in ways(FUSED_MLP, x, second.act_unsigned):
-            if rejected(spot(way, activations, x, first, second)):
-                continue
-            if not is_right(way, x.device, x.dtype, second.act_unsigned, size):
-                continue
-            if (found := attempt(way, activations, x, first, second)) is not None:
-                remember(case, way, x.device)
-                return found
+        size, unsigned = size_class(x.numel() // x.shape[-1]), second.act_unsigned
+        fused = (w for w in ways(FUSED_MLP, x, unsigned) if is_right(w, x.device, x.dtype, unsigned, size))
+        if (found := first_that_works(fused, case, activations, x, first, second)) is not None:
+            return found
     remember(case, None, x.device)
     return run_linear(gelu(run_linear(x, first, activations)), second, activations)
 

@@ -5,7 +5,7 @@ find that out takes the host 170 µs, as long as a large GPU needs for the work;
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import itemgetter, or_
@@ -81,7 +81,7 @@ class Tape:
         The current device has to be theirs.
         """
         addresses = [tensor.data_ptr() for tensor in given]
-        if reduce(or_, addresses) % ALIGNED:
+        if not aligned(addresses):
             return None
         like = given[0]
         result, shared = like.new_empty(self.shape), like.new_empty(self.shared, dtype=torch.uint8)
@@ -118,9 +118,9 @@ def same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
-def aligned(given: Sequence[Tensor]) -> bool:
-    """Whether a tape can be played with them."""
-    return not any(tensor.data_ptr() % ALIGNED for tensor in given)
+def aligned(addresses: Iterable[int]) -> bool:
+    """Whether a tape can be played with tensors there."""
+    return not reduce(or_, addresses) % ALIGNED
 
 
 # ---- cases -----------------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ def form(layer: QuantizedLinear) -> Form:
     if found is None or found[2] != len(layer.derived):
         tensors = layer.parts | layer.derived
         about = [(name, each.dtype, each.shape, each.stride()) for name, each in tensors.items()]
-        same = FORMS.setdefault((layer.fmt.name, layer.act_unsigned, *about), object())
-        found = layer.ready["form"] = same, tuple(tensors.values()), len(layer.derived)
+        shared = FORMS.setdefault((layer.fmt.name, layer.act_unsigned, *about), object())
+        found = layer.ready["form"] = shared, tuple(tensors.values()), len(layer.derived)
     return found
 
 
@@ -155,7 +155,7 @@ class Writer:
     """Writes the :attr:`tape` of what was heard."""
 
     def __init__(self, given: Sequence[Tensor], heard: list[Any], result: Tensor) -> None:
-        seen, read = seen_by_torch(heard), read_by_kernels(heard)
+        (needed, seen), read = to_do_again(heard), read_by_kernels(heard)
         empty = [each.result for each in heard if isinstance(each, Op) and each.func in EMPTY]
         inside = [tensor for tensor in empty if tensor.data_ptr() != result.data_ptr()]
         made = [tensor for tensor in inside if id(tensor) in seen]
@@ -170,22 +170,16 @@ class Writer:
         self.count = len(given) + len(made)
         self.first = self.count + 1 + len(shared)
         self.rest: list[Any] = []
-        steps = [self.step(each, seen) for each in heard]
+        steps = [self.launch(each) if isinstance(each, Launch) else self.op(each) for each in needed]
         sizes = [-(-tensor.nbytes // PIECE) * PIECE for tensor in shared]
         self.tape = Tape(
-            steps=[step for step in steps if step],
+            steps=steps,
             shape=tuple(result.shape),
             shared=sum(sizes),
             begins=[sum(sizes[:index]) for index in range(len(sizes))],
             made=[(tuple(tensor.shape), tensor.dtype) for tensor in made],
             rest=self.rest,
         )
-
-    def step(self, each: Any, seen: set[int]) -> Step | None:
-        if isinstance(each, Launch):
-            return self.launch(each)
-        needed = each.func not in EMPTY and (not each.is_view or id(each.result) in seen)
-        return self.op(each) if needed else None
 
     def launch(self, heard: Launch) -> Step:
         if heard.compiled is None:
@@ -239,13 +233,17 @@ def op_again(
     values[place] = result.data_ptr()
 
 
-def seen_by_torch(heard: list[Any]) -> set[int]:
-    """Ids of the tensors that an op takes which is more than a view, or a view for one."""
+def to_do_again(heard: list[Any]) -> tuple[list[Any], set[int]]:
+    """Launches, and ops that are more than memory or a view, or a view for one; ids of the tensors that ops take."""
+    needed: list[Any] = []
     seen: set[int] = set()
     for each in reversed(heard):
-        if isinstance(each, Op) and each.func not in EMPTY and (not each.is_view or id(each.result) in seen):
+        if isinstance(each, Launch):
+            needed.append(each)
+        elif each.func not in EMPTY and (not each.is_view or id(each.result) in seen):
+            needed.append(each)
             seen |= {id(a) for a in each.arguments if isinstance(a, Tensor)}
-    return seen
+    return needed[::-1], seen
 
 
 def read_by_kernels(heard: list[Any]) -> set[int]:

@@ -3,7 +3,6 @@
 Plain torch runs the linears in ComfyUI here (SVDQUANT_BACKEND=torch), since compiled kernels in NumPy are slow.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -134,10 +133,7 @@ def test_quantize_out_of_memory(library: Path, small_flux_files: dict[str, Path]
 
 def test_the_linear(library: Path):
     """Every format by its kernels: right, within a CUDA graph, and with what is elsewhere refused by name."""
-    env = {**os.environ, **gpu.environment(library)}
-    done = subprocess.run([sys.executable, gpu.HERE / "check_linear.py"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = gpu.answer("check_linear.py", library)
     facts, solved = result["linear"], result["solved"]
     chosen = {"int4": "triton-w4a8-int8", "nvfp4": "triton-nvfp4", "int8": "triton-w8a8", "awq": "triton-w4a16"}
     assert {fmt: found["chosen"] for fmt, found in facts.items()} == chosen

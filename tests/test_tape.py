@@ -1,8 +1,5 @@
 """What a linear did on a GPU, done again: the same bits, with nothing asked, and given up where that is not certain."""
 
-import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -21,10 +18,7 @@ WAYS = ("w4a4", "w4a8", "widened", "fp8", "int8", "nvfp4", "awq", "mlp")
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> dict:
-    env = {**os.environ, **gpu.environment(gpu.build(tmp_path_factory.mktemp("gpu")))}
-    done = subprocess.run([sys.executable, gpu.HERE / "check_tape.py"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return gpu.answer("check_tape.py", gpu.build(tmp_path_factory.mktemp("gpu")))
 
 
 @LINUX

@@ -161,11 +161,9 @@ def product(x: Any, weight: Any, bias: Tensor | None) -> Tensor:
 
 def widen(weight: QuantizedTensor, up: Tensor, down: Tensor) -> QuantizedTensor:
     """``weight + up down`` with ``up (N, R)``, ``down (R, K)``: both join the branch, in their dtype."""
-    params, down = weight._params, down.t()
-    if params.proj_down is not None:
-        down = torch.cat([params.proj_down.to(down.dtype), down], dim=1)
-        up = torch.cat([params.proj_up.to(up.dtype), up], dim=1)
-    return QuantizedTensor(weight._qdata, LAYOUT, replace(params, proj_down=down, proj_up=up))
+    params = weight._params
+    wider = as_linear(weight._qdata, params).widened(up, down)
+    return QuantizedTensor(weight._qdata, LAYOUT, replace(params, proj_down=wider.proj_down, proj_up=wider.proj_up))
 
 
 def handle_linear(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -8,10 +8,12 @@ nothing of speed, and comfy-kitchen's compiled kernels do not run on it. Idle (`
 is left is the host's time.
 """
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,3 +38,11 @@ def environment(library: Path, **settings: str) -> dict[str, str]:
     named = {f"SVDQ_GPU_{name.upper()}": value for name, value in settings.items()}
     visible = {"CUDA_VISIBLE_DEVICES": "0", "TRITON_INTERPRET": "0", "TRITON_LIBCUDA_PATH": str(library.parent)}
     return {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(paths), **visible, **named}
+
+
+def answer(script: str, library: Path) -> Any:
+    """What a script of this folder prints, as JSON."""
+    env = {**os.environ, **environment(library)}
+    done = subprocess.run([sys.executable, HERE / script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

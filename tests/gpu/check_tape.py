@@ -61,7 +61,9 @@ def ways() -> dict[str, tuple[Implementation, str, bool]]:
 
 
 def way(implementation: Implementation, before: str) -> Implementation:
-    return (taking(implementation, before) or implementation) if before else implementation
+    found = taking(implementation, before) if before else implementation
+    assert found
+    return found
 
 
 def again(
