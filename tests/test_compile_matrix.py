@@ -11,8 +11,8 @@ import pytest
 from triton_compile import ARCHS, KERNELS, SHARED, compile_files
 
 FLOAT = {"sm": r"mma\.sync.*(bf16|f16)|tcgen05", "gfx9": r"v_mfma_f32", "gfx1": r"v_wmma_f32"}
-INT8 = {"sm": r"mma\.sync.*s8", "sm90": r"wgmma.*s8", "gfx9": r"v_mfma_i32.*i8", "gfx1": r"v_wmma_i32.*iu8"}
-EIGHT = {"sm": r"mma\.sync.*(s8|e4m3)", "sm90": r"mma.*(s8|e4m3)", "sm100": r"mma\.sync.*s8|tcgen05.*f8f6f4"}
+INT8 = {"sm": r"mma\.sync.*s8|tcgen05.*i8", "sm90": r"wgmma.*s8", "gfx9": r"v_mfma_i32.*i8", "gfx1": r"v_wmma_i32.*iu8"}
+EIGHT = {"sm": r"mma\.sync.*(s8|e4m3)", "sm90": r"mma.*(s8|e4m3)", "sm100": r"mma\.sync.*s8|tcgen05.*(i8|f8f6f4)"}
 EIGHT |= {"gfx9": r"v_mfma_i32.*i8", "gfx1": r"v_wmma_(i32.*iu8|f32.*fp8)"}
 NVFP4 = {
     "sm": r"mma.*f16",

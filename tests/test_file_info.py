@@ -513,7 +513,8 @@ def test_news_go_to_the_node_that_they_are_about(panels: Panels):
     panels.says(node, "keys apply")
     send = """async (node) => {
         const { api } = await import("/scripts/api.js");
-        const own = (app.rootGraph.id = crypto.randomUUID());  // at once: ComfyUI may give the graph another one later
+        app.rootGraph.id = crypto.randomUUID();  // later frontends have given it one, and keep that
+        const own = app.rootGraph.id;  // at once: ComfyUI may give the graph another one later
         for (const [workflow, text] of [["another", "not mine"], [own, "mine"]])
             api.dispatchCustomEvent("svdquant.report", { node, workflow, text });
     }"""

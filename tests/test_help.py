@@ -89,7 +89,7 @@ def test_the_frontend_shows_the_page_in_chinese(node: str, chinese: ComfyPage):
 def show_help(page: ComfyPage, node: str, title: str) -> str:
     """Select a node of that type, press the i, and return what the help says."""
     page.clear()
-    page.evaluate("type => app.rootGraph.add(Object.assign(LiteGraph.createNode(type), {pos: [300, 200]}))", node)
+    page.evaluate("type => void app.rootGraph.add(Object.assign(LiteGraph.createNode(type), {pos: [300, 200]}))", node)
     help = page.page.locator(".node-help-content")
     heading = help.locator("h1", has_text=re.compile(f"^{re.escape(title)}$"))
     for _ in range(10):  # a busy canvas may not have drawn the node yet

@@ -106,13 +106,14 @@ def gemm_w4a4_gelu_kernel(
         h = gelu(acc.to(dtype).to(tl.float32), SLOPE, PTX).to(dtype)
         if NEXT_BLOCK_R > 0:
             tl.debug_barrier()  # sums of the tile before may come back to other threads than those that stored them
+            summed = tl.where(tile > place * TILES, next_r, 0)  # ranks that have a sum of the tiles before
             for start in range(0, next_r, NEXT_BLOCK_R):
                 ranks = start + tl.arange(0, NEXT_BLOCK_R)
                 down_at = next_down_ptr + columns[:, None] * next_down_stride + ranks[None, :]
                 down = tl.load(down_at, mask=(ranks < next_r)[None, :], other=0.0).to(dtype)
                 partial_at = partial_ptr + (place * M + rows[:, None]) * next_r + ranks[None, :]
                 mask = row_mask[:, None] & (ranks < next_r)[None, :]
-                before = tl.load(partial_at, mask=mask & (tile > place * TILES), other=0.0)
+                before = tl.load(partial_at, mask=row_mask[:, None] & (ranks < summed)[None, :], other=0.0)
                 tl.store(partial_at, tl.dot(h, down, before, input_precision="ieee"), mask=mask)
         wide = h.to(tl.float32)
         if NEXT_UNSIGNED:

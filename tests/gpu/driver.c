@@ -384,6 +384,9 @@ API CUresult cuMemHostUnregister(void *p) { return cudaHostUnregister(p); }
 API CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void *from, size_t size, CUstream s) {
     return cudaMemcpyAsync((void *)to, from, size, cudaMemcpyHostToDevice, s);
 }
+API CUresult cuMemcpyDtoHAsync(void *to, CUdeviceptr from, size_t size, CUstream s) {
+    return cudaMemcpyAsync(to, (void *)from, size, cudaMemcpyDeviceToHost, s);
+}
 API CUresult cuEventCreate(CUevent *e, unsigned flags) { return cudaEventCreateWithFlags(e, flags); }
 API CUresult cuEventDestroy(CUevent e) { return cudaEventDestroy(e); }
 API CUresult cuEventRecord(CUevent e, CUstream s) { return cudaEventRecord(e, s); }

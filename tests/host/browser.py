@@ -24,9 +24,12 @@ from .install import ROOT, browser_path
 from .server import ComfyServer
 
 SHOTS = ROOT / "out" / "screenshots"  # kept, to be looked at
-# What a fresh ComfyUI says on its own: files that a new user does not have yet, a race while it starts, and the
-# model links of the workflow that it opens at first.
-STOCK = re.compile(r"user\.css|/userdata|ComfyApp graph accessed before initialization|/settings/|huggingface\.co")
+# What a fresh ComfyUI says on its own: files that a new user does not have yet, a race while it starts, the model links
+# of the workflow that it opens at first, and events of a run that come before extensions are loaded.
+STOCK = re.compile(
+    r"user\.css|/userdata|ComfyApp graph accessed before initialization|/settings/|huggingface\.co"
+    r"|Unknown message type svdquant"
+)
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Queue.QPOV2": False}
 
 
