@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,19 +15,11 @@ TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
 SCALE_AND_SHIFT = "final_layer.adaLN_modulation.1"  # diffusers stores scale before shift, BFL after it
 
 # diffusers' FLUX → black-forest-labs/flux. A list of sources is concatenated along the output features.
-DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = {
+DIFFUSERS_BOTH: dict[str, str | tuple[str, ...]] = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     "final_layer.linear": "proj_out",
     SCALE_AND_SHIFT: "norm_out.linear",
-    "double_blocks.{i}.img_mod.lin": "transformer_blocks.{i}.norm1.linear",
-    "double_blocks.{i}.txt_mod.lin": "transformer_blocks.{i}.norm1_context.linear",
     "double_blocks.{i}.img_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.to_{c}" for c in "qkv"),
     "double_blocks.{i}.txt_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.add_{c}_proj" for c in "qkv"),
     "double_blocks.{i}.img_attn.proj": "transformer_blocks.{i}.attn.to_out.0",
@@ -35,6 +28,18 @@ DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = {
     "double_blocks.{i}.img_attn.norm.key_norm": "transformer_blocks.{i}.attn.norm_k",
     "double_blocks.{i}.txt_attn.norm.query_norm": "transformer_blocks.{i}.attn.norm_added_q",
     "double_blocks.{i}.txt_attn.norm.key_norm": "transformer_blocks.{i}.attn.norm_added_k",
+    "single_blocks.{i}.norm.query_norm": "single_transformer_blocks.{i}.attn.norm_q",
+    "single_blocks.{i}.norm.key_norm": "single_transformer_blocks.{i}.attn.norm_k",
+}
+DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = DIFFUSERS_BOTH | {
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "double_blocks.{i}.img_mod.lin": "transformer_blocks.{i}.norm1.linear",
+    "double_blocks.{i}.txt_mod.lin": "transformer_blocks.{i}.norm1_context.linear",
     "double_blocks.{i}.img_mlp.0": "transformer_blocks.{i}.ff.net.0.proj",
     "double_blocks.{i}.img_mlp.2": "transformer_blocks.{i}.ff.net.2",
     "double_blocks.{i}.txt_mlp.0": "transformer_blocks.{i}.ff_context.net.0.proj",
@@ -45,8 +50,21 @@ DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = {
         "single_transformer_blocks.{i}.proj_mlp",
     ),
     "single_blocks.{i}.linear2": "single_transformer_blocks.{i}.proj_out",
-    "single_blocks.{i}.norm.query_norm": "single_transformer_blocks.{i}.attn.norm_q",
-    "single_blocks.{i}.norm.key_norm": "single_transformer_blocks.{i}.attn.norm_k",
+}
+DIFFUSERS_FLUX2: dict[str, str | tuple[str, ...]] = DIFFUSERS_BOTH | {
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "double_blocks.{i}.img_mlp.0": "transformer_blocks.{i}.ff.linear_in",
+    "double_blocks.{i}.img_mlp.2": "transformer_blocks.{i}.ff.linear_out",
+    "double_blocks.{i}.txt_mlp.0": "transformer_blocks.{i}.ff_context.linear_in",
+    "double_blocks.{i}.txt_mlp.2": "transformer_blocks.{i}.ff_context.linear_out",
+    "single_blocks.{i}.linear1": "single_transformer_blocks.{i}.attn.to_qkv_mlp_proj",
+    "single_blocks.{i}.linear2": "single_transformer_blocks.{i}.attn.to_out",
 }
 
 
@@ -54,7 +72,8 @@ def to_comfy_names(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """A state dict in ComfyUI's names and the natural layout; unknown keys are kept as they are."""
     sd = strip_prefix(sd)
     if "x_embedder.weight" in sd and "transformer_blocks.0.attn.to_q.weight" in sd:
-        sd = from_diffusers_flux(sd, where)
+        names = DIFFUSERS_FLUX2 if "double_stream_modulation_img.linear.weight" in sd else DIFFUSERS_FLUX
+        sd = from_diffusers_flux(sd, names, where)
     renamed = {re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", key): t for key, t in sd.items()}
     for key in [k for k in renamed if k.endswith(".comfy_quant")]:
         untile_layer(renamed, key.removesuffix("comfy_quant"))
@@ -75,12 +94,14 @@ def strip_prefix(sd: dict[str, Tensor]) -> dict[str, Tensor]:
     return sd
 
 
-def from_diffusers_flux(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """diffusers' names of a 16-bit FLUX.1; split q, k, v (and mlp) are joined."""
+def from_diffusers_flux(
+    sd: dict[str, Tensor], names: Mapping[str, str | tuple[str, ...]], where: str
+) -> dict[str, Tensor]:
+    """diffusers' names of a 16-bit FLUX; split q, k, v (and mlp) are joined."""
     out: dict[str, Tensor] = {}
     used: set[str] = set()
     blocks = max(int(m[1]) for k in sd if (m := re.match(r"(?:single_)?transformer_blocks\.(\d+)\.", k))) + 1
-    for target, sources in DIFFUSERS_FLUX.items():
+    for target, sources in names.items():
         parts = (sources,) if isinstance(sources, str) else sources
         for i in range(blocks if "{i}" in target else 1):
             for end in ("weight", "bias"):

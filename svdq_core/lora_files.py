@@ -1,4 +1,4 @@
-"""LoRA files: any dialect for FLUX.1 into key names that ComfyUI's `comfy.lora.load_lora` maps, or a clear error.
+"""LoRA files: any dialect for FLUX.1 and FLUX.2 into names that ComfyUI's `comfy.lora.load_lora` maps, or an error.
 
 Names that ComfyUI maps already are kept. Shapes: `N` out_features, `K` in_features, `R` rank; a LoRA of a linear is
 `down (R, K)` and `up (N, R)`, and adds `alpha / R · up @ down` (`up @ down` without an alpha) to its weight.
@@ -72,7 +72,7 @@ FOREIGN: tuple[tuple[str, str], ...] = (
 
 
 def read_lora(path: str | os.PathLike[str], data: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """``(tensors, metadata)`` of a LoRA file, in key names that ComfyUI maps for FLUX.1.
+    """``(tensors, metadata)`` of a LoRA file, in key names that ComfyUI maps for FLUX.1 or FLUX.2.
 
     Normalised: XLabs, PEFT (``base_model.model.``, adapter names, ``lora_magnitude_vector``), bare BFL names,
     Nunchaku's packed files. Other names, text encoders and files of other models are kept. Two things are left to
@@ -101,7 +101,7 @@ def read_lora(path: str | os.PathLike[str], data: bool = True) -> tuple[dict[str
     if any(NUNCHAKU.fullmatch(key) for key in tensors):
         return from_nunchaku(tensors, str(path)), metadata
     check_parts(tensors, str(path))
-    if all(key in tensors for key in BFL_CONTROL) or foreign_architecture(tensors):
+    if all(key in tensors for key in BFL_CONTROL) or foreign_architecture(tensors) not in (None, "FLUX.2"):
         return tensors, metadata
     return rename(tensors, str(path)), metadata
 
@@ -173,7 +173,7 @@ def rename(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def comfy_name(key: str) -> str:
-    """The name by which ComfyUI maps a FLUX.1 LoRA's key; unknown keys are kept."""
+    """The name by which ComfyUI maps the key of a LoRA for FLUX.1 or FLUX.2; unknown keys are kept."""
     key = re.sub(r"\.lora_([AB])\.[^.]+\.weight$", r".lora_\1.weight", key)  # PEFT's adapter name
     key = re.sub(r"\.lora_magnitude_vector(?:\.[^.]+)*$", ".dora_scale", key)
     match = PREFIXES.fullmatch(key)

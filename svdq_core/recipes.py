@@ -78,9 +78,40 @@ FLUX = Recipe(
     ),
 )
 
-RECIPES: tuple[Recipe, ...] = (FLUX,)
+FLUX2 = Recipe(
+    name="flux2",
+    title="FLUX.2",
+    keys=(
+        "img_in.weight",
+        "txt_in.weight",
+        "double_stream_modulation_img.lin.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+        "double_blocks.0.img_mlp.0.weight",
+        "single_blocks.0.linear1.weight",
+    ),
+    absent=(),
+    rules=(  # the three modulations are shared by all blocks, 2 to 4 % of the weights: they stay 16 bit
+        Rule("double_blocks.{i}.img_attn.qkv"),
+        Rule("double_blocks.{i}.img_attn.proj"),
+        Rule("double_blocks.{i}.img_mlp.0"),
+        Rule("double_blocks.{i}.img_mlp.2"),  # after a gated SiLU
+        Rule("double_blocks.{i}.txt_attn.qkv"),
+        Rule("double_blocks.{i}.txt_attn.proj"),
+        Rule("double_blocks.{i}.txt_mlp.0"),
+        Rule("double_blocks.{i}.txt_mlp.2"),
+        Rule("single_blocks.{i}.linear1"),
+        Rule("single_blocks.{i}.linear2"),
+    ),
+)
+
+RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2)
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
+FLUX2_RELEASES: dict[tuple[tuple[int, ...], int], str] = {  # by blocks and width
+    ((8, 48), 6144): "dev",
+    ((8, 24), 4096): "klein 9B",
+    ((5, 20), 3072): "klein 4B",
+}
 FLUX_RELEASES = {  # by what shapes tell: whether guidance is an input, and the channels that img_in reads
     (True, 64): "dev, Krea or Kontext",
     (False, 64): "schnell",
@@ -90,7 +121,6 @@ FLUX_RELEASES = {  # by what shapes tell: whether guidance is an input, and the 
 
 # What else people drop here, by a key only that family has; the first hit names it.
 KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
-    ("double_stream_modulation_img.lin.weight", "FLUX.2"),
     ("distilled_guidance_layer.", "Chroma"),
     ("double_blocks.0.img_attn.norm.key_norm", "a FLUX-like model"),
     ("txt_in.individual_token_refiner.", "HunyuanVideo"),
@@ -106,13 +136,16 @@ KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
 
 
 def flux_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Which release of FLUX.1 a state dict with these shapes is (or is finetuned from), and its blocks and width."""
+    """Which release of FLUX.1 or FLUX.2 a state dict with these shapes is (or is finetuned from), and its blocks and
+    width."""
     width, channels = shapes["img_in.weight"]
     blocks = tuple(
         len({key.split(".")[1] for key in shapes if key.startswith(f"{kind}_blocks.")}) for kind in ("double", "single")
     )
     guidance = "guidance_in.in_layer.weight" in shapes
-    release = FLUX_RELEASES.get((guidance, channels)) if (blocks, width) == (FLUX_BLOCKS, FLUX_WIDTH) else None
+    release = FLUX2_RELEASES.get((blocks, width)) if set(shapes).issuperset(FLUX2.keys) else None
+    if (blocks, width) == (FLUX_BLOCKS, FLUX_WIDTH):
+        release = FLUX_RELEASES.get((guidance, channels))
     return {"release": release, "blocks": blocks, "width": width, "channels": channels, "guidance": guidance}
 
 

@@ -11,11 +11,32 @@ import torch
 from comfyui_svdquant.svdq_core import QuantizedLinear, read_checkpoint
 from comfyui_svdquant.svdq_core.checkpoint import quantization_metadata, write_checkpoint
 from comfyui_svdquant.svdq_core.formats import GELU_SHIFT, Format, get_format
-from comfyui_svdquant.svdq_core.recipes import FLUX, W4A16, plan
+from comfyui_svdquant.svdq_core.recipes import W4A16, find_recipe, plan
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 HIDDEN, CONTEXT, POOLED = 256, 128, 128
+
+
+class Weights(dict[str, Tensor]):
+    """A random state dict. The weights are of sensible size, with a few large input channels, so that every layer
+    matters to the output."""
+
+    def __init__(self, seed: int, dtype: torch.dtype):
+        super().__init__()
+        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
+
+    def linear(self, name: str, n: int, k: int, bias: bool = True) -> None:
+        weight = torch.randn(n, k, generator=self.generator) / k**0.5
+        weight[:, torch.randint(k, (4,), generator=self.generator)] *= 4
+        self[f"{name}.weight"] = weight.to(self.dtype)
+        if bias:
+            self[f"{name}.bias"] = (torch.randn(n, generator=self.generator) * 0.1).to(self.dtype)
+
+    def norms(self, prefix: str) -> None:
+        for which in ("query", "key"):
+            scale = 1 + torch.randn(128, generator=self.generator) * 0.1
+            self[f"{prefix}.{which}_norm.scale"] = scale.to(self.dtype)
 
 
 def random_flux(
@@ -28,47 +49,53 @@ def random_flux(
     guidance: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
-    """A state dict with black-forest-labs/flux's names; `in_features` is 64 (text to image) to 384 (Fill).
-
-    The weights are of sensible size, with a few large input channels, so that every layer matters to the output.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sd: dict[str, Tensor] = {}
-
-    def linear(name: str, n: int, k: int) -> None:
-        weight = torch.randn(n, k, generator=generator) / k**0.5
-        weight[:, torch.randint(k, (4,), generator=generator)] *= 4
-        sd[f"{name}.weight"] = weight.to(dtype)
-        sd[f"{name}.bias"] = (torch.randn(n, generator=generator) * 0.1).to(dtype)
-
-    def norms(prefix: str) -> None:
-        for which in ("query", "key"):
-            sd[f"{prefix}.{which}_norm.scale"] = (1 + torch.randn(128, generator=generator) * 0.1).to(dtype)
-
-    linear("img_in", hidden, in_features)
-    linear("txt_in", hidden, context)
+    """A state dict with black-forest-labs/flux's names; `in_features` is 64 (text to image) to 384 (Fill)."""
+    sd = Weights(seed, dtype)
+    sd.linear("img_in", hidden, in_features)
+    sd.linear("txt_in", hidden, context)
     embedders = {"time_in": 256, "vector_in": context} | ({"guidance_in": 256} if guidance else {})
     for name, width in embedders.items():
-        linear(f"{name}.in_layer", hidden, width)
-        linear(f"{name}.out_layer", hidden, hidden)
+        sd.linear(f"{name}.in_layer", hidden, width)
+        sd.linear(f"{name}.out_layer", hidden, hidden)
     for i in range(depth):
         for stream in ("img", "txt"):
             prefix = f"double_blocks.{i}.{stream}"
-            linear(f"{prefix}_mod.lin", 6 * hidden, hidden)
-            linear(f"{prefix}_attn.qkv", 3 * hidden, hidden)
-            linear(f"{prefix}_attn.proj", hidden, hidden)
-            linear(f"{prefix}_mlp.0", 4 * hidden, hidden)
-            linear(f"{prefix}_mlp.2", hidden, 4 * hidden)
-            norms(f"{prefix}_attn.norm")
+            sd.linear(f"{prefix}_mod.lin", 6 * hidden, hidden)
+            sd.linear(f"{prefix}_attn.qkv", 3 * hidden, hidden)
+            sd.linear(f"{prefix}_attn.proj", hidden, hidden)
+            sd.linear(f"{prefix}_mlp.0", 4 * hidden, hidden)
+            sd.linear(f"{prefix}_mlp.2", hidden, 4 * hidden)
+            sd.norms(f"{prefix}_attn.norm")
     for i in range(single):
         prefix = f"single_blocks.{i}"
-        linear(f"{prefix}.modulation.lin", 3 * hidden, hidden)
-        linear(f"{prefix}.linear1", 7 * hidden, hidden)
-        linear(f"{prefix}.linear2", hidden, 5 * hidden)
-        norms(f"{prefix}.norm")
+        sd.linear(f"{prefix}.modulation.lin", 3 * hidden, hidden)
+        sd.linear(f"{prefix}.linear1", 7 * hidden, hidden)
+        sd.linear(f"{prefix}.linear2", hidden, 5 * hidden)
+        sd.norms(f"{prefix}.norm")
     if single:  # a ControlNet has neither single blocks nor a last layer
-        linear("final_layer.linear", 64, hidden)
-        linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
+        sd.linear("final_layer.linear", 64, hidden)
+        sd.linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
+    return sd
+
+
+def random_flux2(hidden: int = 256, depth: int = 1, single: int = 2, context: int = CONTEXT) -> dict[str, Tensor]:
+    """The same for FLUX.2: no biases, gated MLPs, modulations that all blocks share."""
+    sd = Weights(0, torch.bfloat16)
+    widths = {"img_in": (hidden, 128), "txt_in": (hidden, context), "final_layer.linear": (128, hidden)}
+    for name in ("time_in", "guidance_in"):
+        widths |= {f"{name}.in_layer": (hidden, 256), f"{name}.out_layer": (hidden, hidden)}
+    widths |= {f"double_stream_modulation_{stream}.lin": (6 * hidden, hidden) for stream in ("img", "txt")}
+    widths |= {"single_stream_modulation.lin": (3 * hidden, hidden)}
+    widths |= {"final_layer.adaLN_modulation.1": (2 * hidden, hidden)}
+    for prefix in (f"double_blocks.{i}.{stream}" for i in range(depth) for stream in ("img", "txt")):
+        widths |= {f"{prefix}_attn.qkv": (3 * hidden, hidden), f"{prefix}_attn.proj": (hidden, hidden)}
+        widths |= {f"{prefix}_mlp.0": (6 * hidden, hidden), f"{prefix}_mlp.2": (hidden, 3 * hidden)}
+        sd.norms(f"{prefix}_attn.norm")
+    for prefix in (f"single_blocks.{i}" for i in range(single)):
+        widths |= {f"{prefix}.linear1": (9 * hidden, hidden), f"{prefix}.linear2": (hidden, 4 * hidden)}
+        sd.norms(f"{prefix}.norm")
+    for name, (n, k) in widths.items():
+        sd.linear(name, n, k, bias=False)
     return sd
 
 
@@ -95,9 +122,10 @@ def quantize(sd: dict[str, Tensor], fmt: str = "int4") -> dict[str, QuantizedLin
     """Every linear of the recipe, by rounding: a random λ and branch, and the residual that suits them."""
     shapes = {k.removesuffix(".weight"): tuple(t.shape) for k, t in sd.items() if k.endswith(".weight")}
     layers = {}
-    for group in plan(FLUX, shapes, "small FLUX"):
+    for group in plan(find_recipe(sd, "small FLUX"), shapes, "small FLUX"):
         for name in group.names:
-            weight, bias = sd[f"{name}.weight"], sd[f"{name}.bias"]
+            weight = sd[f"{name}.weight"]
+            bias = sd.get(f"{name}.bias", torch.zeros(weight.shape[0]))
             target = get_format("awq" if group.kind == W4A16 else fmt)
             layers[name] = quantize_layer(weight, bias, target, group.after_gelu)
     return layers

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from comfyui_svdquant.svdq_core.deferred import Deferred, deferred, gelu, plain
 from comfyui_svdquant.svdq_core.formats import get_format
 from torch import Tensor
 
+import small_flux
 from sampling import error_db, load
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels", "nothing_remembered")
@@ -199,25 +201,42 @@ def bf16_model(host, small_flux_files):
         return load(small_flux_files["int4"], torch.bfloat16)
 
 
+@pytest.fixture(scope="module")
+def flux2_model(host, tmp_path_factory):
+    sd = small_flux.random_flux2()
+    path = small_flux.write(tmp_path_factory.mktemp("flux2") / "int4.safetensors", sd, small_flux.quantize(sd))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "FORCED", "triton")
+        return load(path, torch.bfloat16)
+
+
 def test_without_a_gpu_the_blocks_are_comfyuis(host, small_flux_files):
     blocks = load(small_flux_files["int4"], torch.bfloat16).model.diffusion_model.single_blocks
     assert torch.cuda.is_available() or type(blocks[0]).__module__ == "comfy.ldm.flux.layers"
 
 
 def inputs_of(block) -> tuple:
-    """Few tokens, for a block of either kind: image and text, or both in one."""
+    """Few tokens, for a block of either kind, image and text or both in one; FLUX.2's are given their modulations."""
     from comfy.ldm.flux.layers import EmbedND
 
     pe = EmbedND(128, 10000, [16, 56, 56])(torch.zeros(1, 9, 3))
     tokens = (random(1, 9, 256),) if hasattr(block, "linear1") else (random(1, 6, 256), random(1, 3, 256, seed=2))
-    return *tokens, random(1, 256, seed=1), pe
+    return *tokens, random(1, 256, seed=1) if block.modulation else random(1, 1, 12 * 256, seed=1), pe
 
 
 def outputs_of(block, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    *tokens, pe = (t.to(dtype, copy=True) for t in inputs_of(block))  # blocks write to their inputs
+    *tokens, vec, pe = (t.to(dtype, copy=True) for t in inputs_of(block))  # blocks write to their inputs
     with torch.no_grad():
-        found = block(*tokens, pe.float())
+        found = block(*tokens, vec if block.modulation else modulations(block, vec), pe.float())
     return torch.cat(found, 1) if isinstance(found, tuple) else found
+
+
+def modulations(block, vec: Tensor) -> Any:
+    """What FLUX.2's shared modulations give a block, from ``vec (1, 1, 12 * 256)``."""
+    from comfy.ldm.flux.layers import ModulationOut
+
+    one, two, three, four = (ModulationOut(*part.chunk(3, -1)) for part in vec.chunk(4, -1))
+    return one if hasattr(block, "linear1") else ((one, two), (three, four))
 
 
 ALONE = {"{}-after-norm": 4, "{}-after-gelu": 2, "{}": 2}  # qkv and mlp.0, mlp.2, proj; of image and text
@@ -232,8 +251,21 @@ BLOCKS += [("triton-widened-int8", "single", SINGLE)]
 @pytest.mark.parametrize(("name", "kind", "wanted"), BLOCKS)
 def test_blocks(bf16_model, force, ran, monkeypatch, name, kind, wanted):
     """What comes after a norm or a GELU reads it, what comes after attention does not, and the result is as good."""
-    block = getattr(bf16_model.model.diffusion_model, f"{kind}_blocks")[0]
     monkeypatch.setattr(backends, "MAX_SCRATCH", 0 if wanted is ALONE else backends.MAX_SCRATCH)
+    check_block(getattr(bf16_model.model.diffusion_model, f"{kind}_blocks")[0], force, ran, monkeypatch, name, wanted)
+
+
+GATED = {"double": {"{}-after-norm": 4, "{}": 4}, "single": {"{}-after-norm": 1, "{}": 1}}
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_blocks_of_flux2(flux2_model, force, ran, monkeypatch, kind):
+    """The same norms; what comes after a gated SiLU reads a tensor."""
+    block = getattr(flux2_model.model.diffusion_model, f"{kind}_blocks")[0]
+    check_block(block, force, ran, monkeypatch, "triton-w4a4", GATED[kind])
+
+
+def check_block(block, force, ran, monkeypatch, name: str, wanted: dict[str, int]) -> None:
     force(name)
     outputs_of(block)
     ran.clear()  # of the checks

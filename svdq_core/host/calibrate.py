@@ -19,6 +19,7 @@ from ..calibration import DEFAULT_RAM_LIMIT, ActivationCollector, Samples, token
 from ..quantize import Event
 from .model import ModelSource
 
+PIXELS = 8  # a latent pixel is as wide, before ComfyUI makes of it what the model has
 PREVIEW_PIXELS = 96
 PREVIEW_SECONDS = 0.4  # between two pictures of one prompt; its last step always has one
 
@@ -53,10 +54,9 @@ def calibrate(
     names = [group.names[0] for group in source.groups()]
     shapes = source.shapes()
     tokens = tokens_within(settings.ram_limit, [shapes[f"{n}.weight"][1] for n in names])
-    empty = torch.zeros(
-        1, 4, settings.size // 8, settings.size // 8, device=comfy.model_management.intermediate_device()
-    )
-    latent = comfy.sample.fix_empty_latent_channels(model, empty)
+    device = comfy.model_management.intermediate_device()
+    empty = torch.zeros(1, 4, settings.size // PIXELS, settings.size // PIXELS, device=device)
+    latent = comfy.sample.fix_empty_latent_channels(model, empty, downscale_ratio_spacial=PIXELS)
     total = len(prompts) * settings.steps
     previewer = Previewer(model)
     started = time.monotonic()
