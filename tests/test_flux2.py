@@ -1,5 +1,6 @@
 """FLUX.2: a recipe and two tables of names; the rest is what FLUX.1 has. Small random models of ComfyUI's own class."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import small_flux
+from host.install import ROOT
 from host.prompts import prompt, run
 from host.server import ComfyServer
+from host.workflow import to_prompt
 from sampling import assert_same, error_db, load, sample
 
 SIZE = 128  # pixels of the calibration: 8 x 8 tokens
@@ -103,6 +106,22 @@ def test_on_a_server(server: ComfyServer, int4: Path):
     assert -60 < error_db(found, wanted) < -12
     facts = server.get(f"/svdquant/file?name={FILE}")
     assert (facts["model"], facts["blocks"], facts["ranks"]) == ("FLUX.2", [1, 2], [16])
+
+
+def test_the_template_samples(server: ComfyServer, int4: Path):
+    """All but its text encoder and VAE, whose weights are not at hand."""
+    saved = json.loads((ROOT / "workflows" / "text_to_image_flux2.json").read_text("utf-8"))
+    graph = to_prompt(saved, server.get("/object_info"))
+    by_type = {node["class_type"]: id for id, node in graph.items()}
+    graph[by_type["SVDQuantLoader"]]["inputs"]["unet_name"] = FILE
+    graph[by_type["CLIPLoader"]] = {"class_type": "DemoTextEncoderLoader", "inputs": {}}
+    for name in ("EmptyFlux2LatentImage", "Flux2Scheduler"):
+        graph[by_type[name]]["inputs"] |= {"width": SIZE, "height": SIZE}
+    latent = graph.pop(by_type["VAEDecode"])["inputs"]["samples"]
+    del graph[by_type["SaveImage"]], graph[by_type["VAELoader"]]
+    graph["save"] = {"class_type": "SaveLatent", "inputs": {"samples": latent, "filename_prefix": "flux2"}}
+    found = run(server, graph)
+    assert found.shape == (1, 128, SIZE // 16, SIZE // 16) and 0.1 < found.std() < 10
 
 
 def test_calibration_is_as_large_as_asked(host, bf16):
