@@ -20,7 +20,7 @@ from .dialects import to_comfy_names
 from .errors import SVDQuantError
 from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
-from .recipes import FLUX, FLUX2, RECIPES, family_of, flux_facts, match_recipe, plan
+from .recipes import RECIPES, family_of, flux_facts, match_recipe, plan
 
 TOOL = "comfyui-svdquant 0.2.0"
 METADATA_KEY = "svdquant"
@@ -164,7 +164,8 @@ def model_facts(sd: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the shapes of a quantized model tell, in ComfyUI's names: its size, its branches' ranks, which release."""
     ranks = {int(t.shape[-1]) for key, t in sd.items() if key.endswith(".proj_down")}
     facts = {"parameters": parameters(sd), "ranks": sorted(ranks)}
-    return facts | (flux_facts({k: tuple(t.shape) for k, t in sd.items()}) if match_recipe(sd) in (FLUX, FLUX2) else {})
+    recipe = match_recipe(sd)
+    return facts | (flux_facts({k: tuple(t.shape) for k, t in sd.items()}, recipe) if recipe else {})
 
 
 def parameters(sd: Mapping[str, Tensor]) -> int:

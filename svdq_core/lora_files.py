@@ -1,4 +1,4 @@
-"""LoRA files: any dialect for FLUX.1 and FLUX.2 into names that ComfyUI's `comfy.lora.load_lora` maps, or an error.
+"""LoRA files: any dialect for FLUX.1, FLUX.2 and Chroma into names that `comfy.lora.load_lora` maps, or an error.
 
 Names that ComfyUI maps already are kept. Shapes: `N` out_features, `K` in_features, `R` rank; a LoRA of a linear is
 `down (R, K)` and `up (N, R)`, and adds `alpha / R · up @ down` (`up @ down` without an alpha) to its weight.
@@ -18,6 +18,7 @@ from .checkpoint import describe_file, read_header, why_unreadable
 from .errors import SVDQuantError
 from .lora_checks import check_parts, check_values, describe_adapters
 from .nunchaku_lora import NUNCHAKU, from_nunchaku
+from .recipes import RECIPES
 
 MAX_TENSORS = 100_000  # the largest real files have a few thousand
 MAX_NAME = 1000  # characters of a key
@@ -27,6 +28,7 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.f
 PREFIXES = re.compile(r"((?:base_model\.model\.|model\.|diffusion_model\.|transformer\.|unet\.)*)(.*)")
 BFL = re.compile(
     r"(?:double_blocks|single_blocks)\.\d+\.|(?:img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\."
+    r"|(?:double|single)_stream_modulation(?:_img|_txt)?\.lin\.|distilled_guidance_layer\."
 )
 DIFFUSERS = re.compile(
     r"(?:single_)?transformer_blocks\.\d+\.|(?:x_embedder|context_embedder|time_text_embed|norm_out|proj_out)\."
@@ -72,7 +74,7 @@ FOREIGN: tuple[tuple[str, str], ...] = (
 
 
 def read_lora(path: str | os.PathLike[str], data: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """``(tensors, metadata)`` of a LoRA file, in key names that ComfyUI maps for FLUX.1 or FLUX.2.
+    """``(tensors, metadata)`` of a LoRA file, in key names that ComfyUI maps for the models of RECIPES.
 
     Normalised: XLabs, PEFT (``base_model.model.``, adapter names, ``lora_magnitude_vector``), bare BFL names,
     Nunchaku's packed files. Other names, text encoders and files of other models are kept. Two things are left to
@@ -101,7 +103,8 @@ def read_lora(path: str | os.PathLike[str], data: bool = True) -> tuple[dict[str
     if any(NUNCHAKU.fullmatch(key) for key in tensors):
         return from_nunchaku(tensors, str(path)), metadata
     check_parts(tensors, str(path))
-    if all(key in tensors for key in BFL_CONTROL) or foreign_architecture(tensors) not in (None, "FLUX.2"):
+    known = {None, *(recipe.title for recipe in RECIPES)}
+    if all(key in tensors for key in BFL_CONTROL) or foreign_architecture(tensors) not in known:
         return tensors, metadata
     return rename(tensors, str(path)), metadata
 
@@ -173,7 +176,7 @@ def rename(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def comfy_name(key: str) -> str:
-    """The name by which ComfyUI maps the key of a LoRA for FLUX.1 or FLUX.2; unknown keys are kept."""
+    """The name by which ComfyUI maps a LoRA's key for FLUX.1, FLUX.2 or Chroma; unknown keys are kept."""
     key = re.sub(r"\.lora_([AB])\.[^.]+\.weight$", r".lora_\1.weight", key)  # PEFT's adapter name
     key = re.sub(r"\.lora_magnitude_vector(?:\.[^.]+)*$", ".dora_scale", key)
     match = PREFIXES.fullmatch(key)

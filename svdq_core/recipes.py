@@ -104,7 +104,22 @@ FLUX2 = Recipe(
     ),
 )
 
-RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2)
+CHROMA = Recipe(
+    name="chroma",
+    title="Chroma",
+    keys=(
+        "img_in.weight",
+        "txt_in.weight",
+        "distilled_guidance_layer.in_proj.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+        "double_blocks.0.img_mlp.0.weight",
+        "single_blocks.0.linear1.weight",
+    ),
+    absent=(),
+    rules=tuple(rule for rule in FLUX.rules if rule.kind == W4A4),  # FLUX.1's blocks; one layer makes all modulations
+)
+
+RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA)
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
 FLUX2_RELEASES: dict[tuple[tuple[int, ...], int], str] = {  # by blocks and width
@@ -121,7 +136,7 @@ FLUX_RELEASES = {  # by what shapes tell: whether guidance is an input, and the 
 
 # What else people drop here, by a key only that family has; the first hit names it.
 KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
-    ("distilled_guidance_layer.", "Chroma"),
+    ("nerf_blocks.", "Chroma Radiance"),
     ("double_blocks.0.img_attn.norm.key_norm", "a FLUX-like model"),
     ("txt_in.individual_token_refiner.", "HunyuanVideo"),
     ("joint_blocks.0.", "Stable Diffusion 3"),
@@ -135,16 +150,15 @@ KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
 )
 
 
-def flux_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Which release of FLUX.1 or FLUX.2 a state dict with these shapes is (or is finetuned from), and its blocks and
-    width."""
+def flux_facts(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str, Any]:
+    """Blocks and width of a model, and which release of its family it is (or is finetuned from) if its shapes tell."""
     width, channels = shapes["img_in.weight"]
     blocks = tuple(
         len({key.split(".")[1] for key in shapes if key.startswith(f"{kind}_blocks.")}) for kind in ("double", "single")
     )
     guidance = "guidance_in.in_layer.weight" in shapes
-    release = FLUX2_RELEASES.get((blocks, width)) if set(shapes).issuperset(FLUX2.keys) else None
-    if (blocks, width) == (FLUX_BLOCKS, FLUX_WIDTH):
+    release = FLUX2_RELEASES.get((blocks, width)) if recipe is FLUX2 else None
+    if recipe is FLUX and (blocks, width) == (FLUX_BLOCKS, FLUX_WIDTH):
         release = FLUX_RELEASES.get((guidance, channels))
     return {"release": release, "blocks": blocks, "width": width, "channels": channels, "guidance": guidance}
 

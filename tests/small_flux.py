@@ -99,6 +99,21 @@ def random_flux2(hidden: int = 256, depth: int = 1, single: int = 2, context: in
     return sd
 
 
+def random_chroma(hidden: int = 256, guidance: int = 64, context: int = CONTEXT) -> dict[str, Tensor]:
+    """The same for Chroma: FLUX's blocks without modulations, which a network of its own makes (``guidance`` wide)."""
+    sd = random_flux(hidden, 1, 2, context=context)
+    left_out = ("time_in", "vector_in", "final_layer.adaLN_modulation")
+    kept = {key: t for key, t in sd.items() if not key.startswith(left_out) and "mod" not in key}
+    net = Weights(1, torch.bfloat16)
+    net.linear("in_proj", guidance, 64)
+    net.linear("out_proj", hidden, guidance)
+    for i in range(5):
+        net.linear(f"layers.{i}.in_layer", guidance, guidance)
+        net.linear(f"layers.{i}.out_layer", guidance, guidance)
+        net[f"norms.{i}.scale"] = torch.ones(guidance, dtype=torch.bfloat16)
+    return kept | {f"distilled_guidance_layer.{key}": tensor for key, tensor in net.items()}
+
+
 def activations(state_dict: dict[str, Tensor], tokens: int = 96, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs with a few large channels for every linear of the blocks, named like a calibration file."""
     generator = torch.Generator().manual_seed(seed)

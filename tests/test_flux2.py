@@ -74,7 +74,7 @@ def test_releases(width, double, single, release):
     shapes = {key: (width, 128) for key in FLUX2.keys}
     shapes |= {f"double_blocks.{i}.img_attn.qkv.weight": (3 * width, width) for i in range(double)}
     shapes |= {f"single_blocks.{i}.linear1.weight": (9 * width, width) for i in range(single)}
-    assert flux_facts(shapes)["release"] == release
+    assert flux_facts(shapes, FLUX2)["release"] == release
 
 
 def test_diffusers_names(sd, tmp_path):

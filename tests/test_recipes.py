@@ -52,8 +52,8 @@ def test_a_missing_block_in_the_middle_is_named():
 
 
 def test_refusals_name_what_was_seen():
-    with pytest.raises(SVDQuantError, match="looks like Chroma"):
-        find_recipe([*random_flux(), "distilled_guidance_layer.in_proj.weight"], "m")
+    with pytest.raises(SVDQuantError, match="looks like Chroma Radiance"):
+        find_recipe(["img_in_patch.weight", "nerf_blocks.0.param_generator.weight"], "m")
     with pytest.raises(SVDQuantError, match="Its first keys are: a.weight"):
         find_recipe(["a.weight"], "m")
     assert find_recipe(random_flux(), "m") is FLUX
