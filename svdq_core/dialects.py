@@ -15,7 +15,7 @@ TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
 SCALE_AND_SHIFT = "final_layer.adaLN_modulation.1"  # diffusers stores scale before shift, BFL after it
 
 # diffusers' FLUX → black-forest-labs/flux. A list of sources is concatenated along the output features.
-DIFFUSERS_BOTH: dict[str, str | tuple[str, ...]] = {
+DIFFUSERS_ALL: dict[str, str | tuple[str, ...]] = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "final_layer.linear": "proj_out",
@@ -31,7 +31,7 @@ DIFFUSERS_BOTH: dict[str, str | tuple[str, ...]] = {
     "single_blocks.{i}.norm.query_norm": "single_transformer_blocks.{i}.attn.norm_q",
     "single_blocks.{i}.norm.key_norm": "single_transformer_blocks.{i}.attn.norm_k",
 }
-DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = DIFFUSERS_BOTH | {
+DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = DIFFUSERS_ALL | {
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
     "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
     "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
@@ -51,7 +51,11 @@ DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = DIFFUSERS_BOTH | {
     ),
     "single_blocks.{i}.linear2": "single_transformer_blocks.{i}.proj_out",
 }
-DIFFUSERS_FLUX2: dict[str, str | tuple[str, ...]] = DIFFUSERS_BOTH | {
+DIFFUSERS_CHROMA: dict[str, str | tuple[str, ...]] = DIFFUSERS_FLUX | {
+    f"distilled_guidance_layer.layers.{{i}}.{bfl}": f"distilled_guidance_layer.layers.{{i}}.{name}"
+    for bfl, name in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+}
+DIFFUSERS_FLUX2: dict[str, str | tuple[str, ...]] = DIFFUSERS_ALL | {
     "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
     "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
     "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
@@ -66,13 +70,17 @@ DIFFUSERS_FLUX2: dict[str, str | tuple[str, ...]] = DIFFUSERS_BOTH | {
     "single_blocks.{i}.linear1": "single_transformer_blocks.{i}.attn.to_qkv_mlp_proj",
     "single_blocks.{i}.linear2": "single_transformer_blocks.{i}.attn.to_out",
 }
+DIFFUSERS_BY_KEY = (
+    ("double_stream_modulation_img.linear.weight", DIFFUSERS_FLUX2),
+    ("distilled_guidance_layer.in_proj.weight", DIFFUSERS_CHROMA),
+)
 
 
 def to_comfy_names(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """A state dict in ComfyUI's names and the natural layout; unknown keys are kept as they are."""
     sd = strip_prefix(sd)
     if "x_embedder.weight" in sd and "transformer_blocks.0.attn.to_q.weight" in sd:
-        names = DIFFUSERS_FLUX2 if "double_stream_modulation_img.linear.weight" in sd else DIFFUSERS_FLUX
+        names = next((names for key, names in DIFFUSERS_BY_KEY if key in sd), DIFFUSERS_FLUX)
         sd = from_diffusers_flux(sd, names, where)
     renamed = {re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", key): t for key, t in sd.items()}
     for key in [k for k in renamed if k.endswith(".comfy_quant")]:
@@ -100,7 +108,7 @@ def from_diffusers_flux(
     """diffusers' names of a 16-bit FLUX; split q, k, v (and mlp) are joined."""
     out: dict[str, Tensor] = {}
     used: set[str] = set()
-    blocks = max(int(m[1]) for k in sd if (m := re.match(r"(?:single_)?transformer_blocks\.(\d+)\.", k))) + 1
+    blocks = max(int(m[1]) for k in sd if (m := re.search(r"(?:transformer_blocks|layers)\.(\d+)\.", k))) + 1
     for target, sources in names.items():
         parts = (sources,) if isinstance(sources, str) else sources
         for i in range(blocks if "{i}" in target else 1):

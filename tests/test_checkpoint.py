@@ -8,12 +8,12 @@ import pytest
 import torch
 from comfyui_svdquant import svdq_core
 from comfyui_svdquant.svdq_core.checkpoint import DTYPES, describe_file, write_checkpoint
-from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_FLUX
+from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_CHROMA, DIFFUSERS_FLUX, DIFFUSERS_FLUX2
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.quantize import FileSource, Job, quantize
 from safetensors.torch import load_file, save_file
 
-from small_flux import random_flux
+from small_flux import random_chroma, random_flux, random_flux2
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +104,13 @@ def test_prefixes_are_stripped_and_other_models_left_out(quantized_file, tmp_pat
     assert set(sd) == set(plain)
 
 
-def to_diffusers(sd):
+def to_diffusers(sd, mapping):
     """The inverse of the mapping, written as diffusers does."""
     h = sd["img_in.weight"].shape[0]
-    out = {}
-    for target, sources in DIFFUSERS_FLUX.items():
-        for i in range(2):
+    alike = ("distilled_guidance_layer.in", "distilled_guidance_layer.out", "distilled_guidance_layer.norms")
+    out = {key.replace(".scale", ".weight"): tensor for key, tensor in sd.items() if key.startswith(alike)}
+    for target, sources in mapping.items():
+        for i in range(5):
             for end in ("weight", "bias", "scale"):
                 key = f"{target.replace('{i}', str(i))}.{end}"
                 if key not in sd:
@@ -125,17 +126,27 @@ def to_diffusers(sd):
     return out
 
 
-def test_diffusers_names_become_comfys(tmp_path, comfy):
+DIFFUSERS = {
+    "FLUX.1": (random_flux(depth=2, single=2, guidance=True), DIFFUSERS_FLUX),
+    "FLUX.2": (random_flux2(), DIFFUSERS_FLUX2),
+    "Chroma": (random_chroma(), DIFFUSERS_CHROMA),
+}
+
+
+@pytest.mark.parametrize("family", DIFFUSERS)
+def test_diffusers_names_become_comfys(tmp_path, comfy, family):
     import comfy.model_detection
 
-    sd = random_flux(depth=2, single=2, guidance=True)
-    diffusers = to_diffusers(sd)
+    sd, mapping = DIFFUSERS[family]
+    diffusers = to_diffusers(sd, mapping)
     assert len(diffusers) > len(sd)
     save_file(diffusers, tmp_path / "d.safetensors")
     got, _ = svdq_core.read_checkpoint(tmp_path / "d.safetensors")
-    expected = {k.replace("_norm.scale", "_norm.weight"): t for k, t in sd.items()}
+    expected = {k.replace(".scale", ".weight"): t for k, t in sd.items()}
     assert set(got) == set(expected)
     assert all(torch.equal(got[k], expected[k]) for k in expected)
+    if family == "FLUX.2":
+        return  # ComfyUI's converter wants biases, of which FLUX.2 has none
     host = comfy.model_detection.convert_diffusers_mmdit(dict(diffusers), "")
     assert all(torch.equal(host[k], got[k]) for k in host), "ComfyUI's own converter must agree"
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_svdquant.svdq_core import read_checkpoint
-from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_FLUX2, SCALE_AND_SHIFT, swap_halves
 from comfyui_svdquant.svdq_core.recipes import FLUX, FLUX2, find_recipe, flux_facts, plan
 from safetensors.torch import save_file
 from torch import Tensor
@@ -75,25 +73,6 @@ def test_releases(width, double, single, release):
     shapes |= {f"double_blocks.{i}.img_attn.qkv.weight": (3 * width, width) for i in range(double)}
     shapes |= {f"single_blocks.{i}.linear1.weight": (9 * width, width) for i in range(single)}
     assert flux_facts(shapes, FLUX2)["release"] == release
-
-
-def test_diffusers_names(sd, tmp_path):
-    """A file in diffusers' names is the same model."""
-    diffusers = {}
-    for target, source in DIFFUSERS_FLUX2.items():
-        for i in range(2 if "{i}" in target else 1):
-            key = target.replace("{i}", str(i))
-            tensor = sd.get(f"{key}.weight", sd.get(f"{key}.scale"))
-            sources = (source,) if isinstance(source, str) else source
-            if tensor is not None:
-                tensor = swap_halves(tensor) if target == SCALE_AND_SHIFT else tensor
-                for name, part in zip(sources, tensor.chunk(len(sources))):
-                    diffusers[f"{name.replace('{i}', str(i))}.weight"] = part.contiguous()
-    save_file(diffusers, tmp_path / "d.safetensors")
-    found, _ = read_checkpoint(tmp_path / "d.safetensors")
-    wanted = {key.replace("_norm.scale", "_norm.weight"): tensor for key, tensor in sd.items()}
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
 
 
 # ---- quantize, load, sample ----------------------------------------------------------------------------------
