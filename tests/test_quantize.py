@@ -162,7 +162,7 @@ def test_other_formats(files, tmp_path, fmt, disk):
 def test_unknown_architectures_are_refused_by_name(tmp_path):
     cases = {
         "Stable Diffusion 1.x": {"input_blocks.0.0.weight": torch.ones(4, 4)},
-        "Chroma": random_flux() | {"distilled_guidance_layer.in_proj.weight": torch.ones(4, 4)},
+        "Chroma Radiance": {"img_in_patch.weight": torch.ones(4, 4), "nerf_blocks.0.norm.weight": torch.ones(4)},
         "some.layer.weight": {"some.layer.weight": torch.ones(4, 4)},
     }
     for seen, sd in cases.items():
