@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,8 +13,9 @@ TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
 
 SCALE_AND_SHIFT = "final_layer.adaLN_modulation.1"  # diffusers stores scale before shift, BFL after it
 
-# diffusers' FLUX → black-forest-labs/flux. A list of sources is concatenated along the output features.
-DIFFUSERS_ALL: dict[str, str | tuple[str, ...]] = {
+# black-forest-labs' name → diffusers'; several of diffusers' are concatenated along the output features.
+Names = dict[str, str | tuple[str, ...]]
+DIFFUSERS_ALL: Names = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "final_layer.linear": "proj_out",
@@ -31,7 +31,7 @@ DIFFUSERS_ALL: dict[str, str | tuple[str, ...]] = {
     "single_blocks.{i}.norm.query_norm": "single_transformer_blocks.{i}.attn.norm_q",
     "single_blocks.{i}.norm.key_norm": "single_transformer_blocks.{i}.attn.norm_k",
 }
-DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = DIFFUSERS_ALL | {
+DIFFUSERS_FLUX: Names = DIFFUSERS_ALL | {
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
     "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
     "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
@@ -51,11 +51,11 @@ DIFFUSERS_FLUX: dict[str, str | tuple[str, ...]] = DIFFUSERS_ALL | {
     ),
     "single_blocks.{i}.linear2": "single_transformer_blocks.{i}.proj_out",
 }
-DIFFUSERS_CHROMA: dict[str, str | tuple[str, ...]] = DIFFUSERS_FLUX | {
-    f"distilled_guidance_layer.layers.{{i}}.{bfl}": f"distilled_guidance_layer.layers.{{i}}.{name}"
-    for bfl, name in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+DIFFUSERS_CHROMA: Names = DIFFUSERS_FLUX | {
+    "distilled_guidance_layer.layers.{i}.in_layer": "distilled_guidance_layer.layers.{i}.linear_1",
+    "distilled_guidance_layer.layers.{i}.out_layer": "distilled_guidance_layer.layers.{i}.linear_2",
 }
-DIFFUSERS_FLUX2: dict[str, str | tuple[str, ...]] = DIFFUSERS_ALL | {
+DIFFUSERS_FLUX2: Names = DIFFUSERS_ALL | {
     "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
     "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
     "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
@@ -102,9 +102,7 @@ def strip_prefix(sd: dict[str, Tensor]) -> dict[str, Tensor]:
     return sd
 
 
-def from_diffusers_flux(
-    sd: dict[str, Tensor], names: Mapping[str, str | tuple[str, ...]], where: str
-) -> dict[str, Tensor]:
+def from_diffusers_flux(sd: dict[str, Tensor], names: Names, where: str) -> dict[str, Tensor]:
     """diffusers' names of a 16-bit FLUX; split q, k, v (and mlp) are joined."""
     out: dict[str, Tensor] = {}
     used: set[str] = set()

@@ -5,7 +5,7 @@ Layer names are ComfyUI's (for FLUX those of black-forest-labs/flux). ``{i}`` st
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import SVDQuantError
@@ -78,6 +78,8 @@ FLUX = Recipe(
     ),
 )
 
+FLUX_LINEARS = tuple(rule for rule in FLUX.rules if rule.kind == W4A4)  # of blocks without modulations of their own
+
 FLUX2 = Recipe(
     name="flux2",
     title="FLUX.2",
@@ -90,18 +92,8 @@ FLUX2 = Recipe(
         "single_blocks.0.linear1.weight",
     ),
     absent=(),
-    rules=(  # the three modulations are shared by all blocks, 2 to 4 % of the weights: they stay 16 bit
-        Rule("double_blocks.{i}.img_attn.qkv"),
-        Rule("double_blocks.{i}.img_attn.proj"),
-        Rule("double_blocks.{i}.img_mlp.0"),
-        Rule("double_blocks.{i}.img_mlp.2"),  # after a gated SiLU
-        Rule("double_blocks.{i}.txt_attn.qkv"),
-        Rule("double_blocks.{i}.txt_attn.proj"),
-        Rule("double_blocks.{i}.txt_mlp.0"),
-        Rule("double_blocks.{i}.txt_mlp.2"),
-        Rule("single_blocks.{i}.linear1"),
-        Rule("single_blocks.{i}.linear2"),
-    ),
+    # Its MLPs have a gated SiLU; modulations are shared by all blocks, 2 to 4 % of the weights: they stay 16 bit.
+    rules=tuple(replace(rule, after_gelu=False) for rule in FLUX_LINEARS),
 )
 
 CHROMA = Recipe(
@@ -116,7 +108,7 @@ CHROMA = Recipe(
         "single_blocks.0.linear1.weight",
     ),
     absent=(),
-    rules=tuple(rule for rule in FLUX.rules if rule.kind == W4A4),  # FLUX.1's blocks; one layer makes all modulations
+    rules=FLUX_LINEARS,  # a network of its own makes all modulations
 )
 
 RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA)

@@ -11,7 +11,7 @@ import torch
 from comfyui_svdquant.svdq_core import QuantizedLinear, read_checkpoint
 from comfyui_svdquant.svdq_core.checkpoint import quantization_metadata, write_checkpoint
 from comfyui_svdquant.svdq_core.formats import GELU_SHIFT, Format, get_format
-from comfyui_svdquant.svdq_core.recipes import W4A16, find_recipe, plan
+from comfyui_svdquant.svdq_core.recipes import W4A16, plan_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -135,9 +135,8 @@ def state_dict(
 
 def quantize(sd: dict[str, Tensor], fmt: str = "int4") -> dict[str, QuantizedLinear]:
     """Every linear of the recipe, by rounding: a random λ and branch, and the residual that suits them."""
-    shapes = {k.removesuffix(".weight"): tuple(t.shape) for k, t in sd.items() if k.endswith(".weight")}
     layers = {}
-    for group in plan(find_recipe(sd, "small FLUX"), shapes, "small FLUX"):
+    for group in plan_model({key: tuple(t.shape) for key, t in sd.items()}, "small FLUX")[1]:
         for name in group.names:
             weight = sd[f"{name}.weight"]
             bias = sd.get(f"{name}.bias", torch.zeros(weight.shape[0]))
@@ -214,12 +213,16 @@ def twin(bf16: Path, quantized: Path, plain: Collection[str] = ()) -> Any:
     """
     import comfy.sd
 
-    model = comfy.sd.load_diffusion_model(str(bf16))
-    for name, layer in quantized_layers(quantized).items():
+    model, layers = comfy.sd.load_diffusion_model(str(bf16)), quantized_layers(quantized)
+    for name in layers.keys() & plain:
         module = model.model.diffusion_model.get_submodule(name)
-        if name in plain:
-            for key, value in effective(layer).items():
-                setattr(module, key, nn.Parameter(value, requires_grad=False))
-        else:
-            module.forward = layer.forward
+        for key, value in effective(layers.pop(name)).items():
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
+    return computing(model, layers)
+
+
+def computing(model: Any, layers: dict[str, QuantizedLinear]) -> Any:
+    """The model, whose linears of these names compute what the layers do from now on."""
+    for name, layer in layers.items():
+        model.model.diffusion_model.get_submodule(name).forward = layer.forward
     return model

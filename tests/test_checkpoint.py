@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+from functools import partial
 
 import pytest
 import torch
@@ -127,9 +128,9 @@ def to_diffusers(sd, mapping):
 
 
 DIFFUSERS = {
-    "FLUX.1": (random_flux(depth=2, single=2, guidance=True), DIFFUSERS_FLUX),
-    "FLUX.2": (random_flux2(), DIFFUSERS_FLUX2),
-    "Chroma": (random_chroma(), DIFFUSERS_CHROMA),
+    "FLUX.1": (partial(random_flux, depth=2, single=2, guidance=True), DIFFUSERS_FLUX),
+    "FLUX.2": (random_flux2, DIFFUSERS_FLUX2),
+    "Chroma": (random_chroma, DIFFUSERS_CHROMA),
 }
 
 
@@ -137,7 +138,8 @@ DIFFUSERS = {
 def test_diffusers_names_become_comfys(tmp_path, comfy, family):
     import comfy.model_detection
 
-    sd, mapping = DIFFUSERS[family]
+    make, mapping = DIFFUSERS[family]
+    sd = make()
     diffusers = to_diffusers(sd, mapping)
     assert len(diffusers) > len(sd)
     save_file(diffusers, tmp_path / "d.safetensors")

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_svdquant.svdq_core.checkpoint import describe_file
-from comfyui_svdquant.svdq_core.recipes import CHROMA, FLUX, find_recipe, plan
+from comfyui_svdquant.svdq_core.recipes import CHROMA, FLUX, find_recipe, plan_model
 from safetensors.torch import save_file
-from torch import Tensor
 
 import small_flux
 from sampling import assert_same, error_db, load, sample
@@ -51,17 +50,13 @@ def files(narrow, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def sampled(model) -> Tensor:
-    return sample(model)
-
-
 def test_what_is_quantized():
     sd = small_flux.random_chroma()
-    shapes = {k.removesuffix(".weight"): tuple(t.shape) for k, t in sd.items() if k.endswith(".weight")}
-    assert find_recipe(sd, "m") is CHROMA
-    groups = plan(CHROMA, shapes, "m")
+    recipe, groups = plan_model({key: tuple(t.shape) for key, t in sd.items()}, "m")
+    assert recipe is CHROMA
     assert {g.kind for g in groups} == {"w4a4"} and sum(g.after_gelu for g in groups) == 2
-    kept = {name.split(".")[0] for name in shapes.keys() - {name for g in groups for name in g.names}}
+    quantized = {f"{name}.weight" for g in groups for name in g.names}
+    kept = {key.split(".")[0] for key in sd if key.endswith(".weight") and key not in quantized}
     assert kept == {"img_in", "txt_in", "distilled_guidance_layer", "final_layer"}
     assert find_recipe(small_flux.random_flux(), "m") is FLUX
 
@@ -74,9 +69,9 @@ def test_what_a_file_is(files):
 
 def test_samples(narrow, files):
     """What the file says, to the last bits, and near the model that it was made from, as far as random ones are."""
-    found = sampled(load(files["int4"], torch.float32))
-    assert_same(found, sampled(small_flux.twin(files["bf16"], files["int4"])))
-    assert -60 < error_db(found, sampled(narrow.sd.load_diffusion_model(str(files["bf16"])))) < -5
+    found = sample(load(files["int4"], torch.float32))
+    assert_same(found, sample(small_flux.twin(files["bf16"], files["int4"])))
+    assert -60 < error_db(found, sample(narrow.sd.load_diffusion_model(str(files["bf16"])))) < -5
 
 
 LORA = {  # FLUX's blocks, and the network for the modulations: the layer, and its weight's shape
@@ -100,12 +95,11 @@ def test_lora(narrow, files, tmp_path):
                 torch.cat([layer.proj_down, down.t()], 1),
             )
     save_file(tensors, file)
-    twin, model = small_flux.twin(files["bf16"], files["int4"]), load(files["int4"], torch.float32)
-    plain, with_lora = sampled(model), model.clone()
+    twin = small_flux.computing(small_flux.twin(files["bf16"], files["int4"]), layers)
+    model = load(files["int4"], torch.float32)
+    plain, with_lora = sample(model), model.clone()
     report = add_lora(with_lora, file, 1.0, 16)
     assert (report.unused, report.in_16_bit, report.keys) == ([], [], len(tensors))
     add_lora(twin, file, 1.0, 16)  # for the layer that is in 16 bit
-    for name, layer in layers.items():
-        twin.model.diffusion_model.get_submodule(name).forward = layer.forward
-    assert_same(sampled(with_lora), sampled(twin))
-    assert error_db(sampled(with_lora), plain) > -20
+    assert_same(sample(with_lora), sample(twin))
+    assert error_db(sample(with_lora), plain) > -20

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_svdquant.svdq_core.recipes import FLUX, FLUX2, find_recipe, flux_facts, plan
+from comfyui_svdquant.svdq_core.recipes import FLUX, FLUX2, find_recipe, flux_facts, plan_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 import small_flux
 from host.install import ROOT
-from host.prompts import prompt, run
+from host.prompts import prompt, run, sixteen_bit_loader
 from host.server import ComfyServer
 from host.workflow import to_prompt
 from sampling import assert_same, error_db, load, sample
+from test_quantize_node import graph, our_events, written
 
 SIZE = 128  # pixels of the calibration: 8 x 8 tokens
 FILE = "flux2_int4.safetensors"
@@ -36,18 +37,12 @@ def bf16(sd, tmp_path_factory) -> Path:
 def int4(server: ComfyServer, bf16: Path) -> Path:
     """What SVDQuant Quantize makes of it on a running ComfyUI, with nothing but the model connected."""
     server.add_model(bf16)
-    widgets = dict(file_name="flux2_int4", preset="fast", format="int4", rank=16, steps=2, max_prompts=3, size=SIZE,
-                   ram_limit_gb=1.0, seed=0)  # fmt: skip
     since = len(server.events.seen)
-    server.run({"1": sixteen_bit(), "2": {"class_type": "SVDQuantQuantize", "inputs": {"model": ["1", 0], **widgets}}})
-    events = [e.data for e in server.events.seen[since:] if e.type.startswith("svdquant.")]
+    server.run(graph("flux2_bf16", file_name="flux2_int4", size=SIZE))
+    events = [e.data for e in our_events(server, since)]
     assert sum(e["stage"] == "solve" for e in events) == 12 and events[-1]["stage"] == "done"
     assert any(e.get("preview") for e in events), "pictures of the calibration"
-    return server.base / "models" / "diffusion_models" / FILE
-
-
-def sixteen_bit() -> dict:
-    return {"class_type": "UNETLoader", "inputs": {"unet_name": "flux2_bf16.safetensors", "weight_dtype": "default"}}
+    return written(server, "flux2_int4")
 
 
 # ---- names -------------------------------------------------------------------------------------------------
@@ -55,11 +50,11 @@ def sixteen_bit() -> dict:
 
 def test_what_is_quantized(sd):
     """The linears of the blocks; the modulations are shared by all of them, and stay."""
-    shapes = {k.removesuffix(".weight"): tuple(t.shape) for k, t in sd.items() if k.endswith(".weight")}
-    assert find_recipe(sd, "m") is FLUX2 and find_recipe(small_flux.random_flux(), "m") is FLUX
-    groups = plan(FLUX2, shapes, "m")
+    recipe, groups = plan_model({key: tuple(t.shape) for key, t in sd.items()}, "m")
+    assert recipe is FLUX2 and find_recipe(small_flux.random_flux(), "m") is FLUX
     assert {g.kind for g in groups} == {"w4a4"} and not any(g.after_gelu for g in groups)
-    kept = {name.split(".")[0] for name in shapes.keys() - {name for g in groups for name in g.names}}
+    quantized = {f"{name}.weight" for g in groups for name in g.names}
+    kept = {key.split(".")[0] for key in sd if key.endswith(".weight") and key not in quantized}
     modulations = {"double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"}
     assert kept == {"img_in", "txt_in", "time_in", "guidance_in", "final_layer"} | modulations
 
@@ -80,7 +75,8 @@ def test_releases(width, double, single, release):
 
 def test_on_a_server(server: ComfyServer, int4: Path):
     """Quantized, chosen in the loader, sampled; and what the loader's panel says of the file."""
-    found, wanted = run(server, prompt(FILE)), run(server, prompt("") | {"model": sixteen_bit()})
+    found = run(server, prompt(FILE))
+    wanted = run(server, prompt("") | {"model": sixteen_bit_loader("flux2_bf16.safetensors")})
     assert found.shape == wanted.shape == (1, 128, 4, 4)
     assert -60 < error_db(found, wanted) < -12
     facts = server.get(f"/svdquant/file?name={FILE}")
@@ -90,16 +86,16 @@ def test_on_a_server(server: ComfyServer, int4: Path):
 def test_the_template_samples(server: ComfyServer, int4: Path):
     """All but its text encoder and VAE, whose weights are not at hand."""
     saved = json.loads((ROOT / "workflows" / "text_to_image_flux2.json").read_text("utf-8"))
-    graph = to_prompt(saved, server.get("/object_info"))
-    by_type = {node["class_type"]: id for id, node in graph.items()}
-    graph[by_type["SVDQuantLoader"]]["inputs"]["unet_name"] = FILE
-    graph[by_type["CLIPLoader"]] = {"class_type": "DemoTextEncoderLoader", "inputs": {}}
+    nodes = to_prompt(saved, server.get("/object_info"))
+    by_type = {node["class_type"]: id for id, node in nodes.items()}
+    nodes[by_type["SVDQuantLoader"]]["inputs"]["unet_name"] = FILE
+    nodes[by_type["CLIPLoader"]] = {"class_type": "DemoTextEncoderLoader", "inputs": {}}
     for name in ("EmptyFlux2LatentImage", "Flux2Scheduler"):
-        graph[by_type[name]]["inputs"] |= {"width": SIZE, "height": SIZE}
-    latent = graph.pop(by_type["VAEDecode"])["inputs"]["samples"]
-    del graph[by_type["SaveImage"]], graph[by_type["VAELoader"]]
-    graph["save"] = {"class_type": "SaveLatent", "inputs": {"samples": latent, "filename_prefix": "flux2"}}
-    found = run(server, graph)
+        nodes[by_type[name]]["inputs"] |= {"width": SIZE, "height": SIZE}
+    latent = nodes.pop(by_type["VAEDecode"])["inputs"]["samples"]
+    del nodes[by_type["SaveImage"]], nodes[by_type["VAELoader"]]
+    nodes["save"] = {"class_type": "SaveLatent", "inputs": {"samples": latent, "filename_prefix": "flux2"}}
+    found = run(server, nodes)
     assert found.shape == (1, 128, SIZE // 16, SIZE // 16) and 0.1 < found.std() < 10
 
 
@@ -143,16 +139,13 @@ def test_lora_joins_the_branch(host, bf16, int4, tmp_path):
     generator, file = torch.Generator().manual_seed(1), tmp_path / "lora.safetensors"
     layers, tensors = small_flux.quantized_layers(int4), {}
     for key, (name, (first, last)) in LORA.items():
-        layer = layers[name]
-        down = torch.randn(4, layer.shape[1], generator=generator) / layer.shape[1] ** 0.5
-        up = torch.zeros(layer.shape[0], 4)
+        n, k = layers[name].shape
+        down, up = torch.randn(4, k, generator=generator) / k**0.5, torch.zeros(n, 4)
         up[first:last] = torch.randn(last - first, 4, generator=generator)
         tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up[first:last].contiguous()}
-        layer.proj_up, layer.proj_down = torch.cat([layer.proj_up, up], 1), torch.cat([layer.proj_down, down.t()], 1)
+        layers[name] = layers[name].widened(up, down)
     save_file(tensors, file)
-    twin = small_flux.twin(bf16, int4)
-    for name, layer in layers.items():
-        twin.model.diffusion_model.get_submodule(name).forward = layer.forward
+    twin = small_flux.computing(small_flux.twin(bf16, int4), layers)
     model = load(int4, torch.float32)
     plain, with_lora = sampled(model), model.clone()
     report = add_lora(with_lora, file, 1.0, 16)

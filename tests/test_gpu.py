@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gpu
 from host.install import ROOT
-from host.prompts import insert, prompt, quantize_prompt, run, with_activations
+from host.prompts import insert, prompt, quantize_prompt, run, sixteen_bit_loader, with_activations
 from host.server import ComfyServer, PromptError
 from sampling import error_db
 
@@ -114,7 +114,7 @@ def test_quantize(library: Path, small_flux_files: dict[str, Path], tmp_path: Pa
         server.add_model(small_flux_files["bf16"])
         server.run(short_quantize("fast"))
         found = run(server, prompt("demo_fast.safetensors"))
-        unet = {"class_type": "UNETLoader", "inputs": {"unet_name": "bf16.safetensors", "weight_dtype": "default"}}
+        unet = sixteen_bit_loader("bf16.safetensors")
         wanted = run(server, prompt("") | {"model": unet})
         assert "DynamicVRAM support detected and enabled" in server.log()
     assert -60 < error_db(found, wanted) < -6

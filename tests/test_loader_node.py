@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import small_flux
-from host.prompts import insert, prompt, run, with_activations
+from host.prompts import insert, prompt, run, sixteen_bit_loader, with_activations
 from host.server import HTTP, ComfyServer, PromptError
 from sampling import error_db
 
@@ -50,7 +50,7 @@ def test_help_page_is_served(comfyui: ComfyServer):
     ("fmt", "dtype"), [("int4", "auto"), ("int4", "bf16"), ("int4", "fp16"), ("nvfp4", "auto"), ("int8", "auto")]
 )
 def test_samples(comfyui: ComfyServer, fmt: str, dtype: str):
-    unet = {"class_type": "UNETLoader", "inputs": {"unet_name": "small_bf16.safetensors", "weight_dtype": "default"}}
+    unet = sixteen_bit_loader("small_bf16.safetensors")
     wanted = run(comfyui, prompt("", cfg=2.0) | {"model": unet})
     found = run(comfyui, prompt(f"small_{fmt}.safetensors", dtype, cfg=2.0))
     assert found.shape == wanted.shape == (1, 16, 8, 8)

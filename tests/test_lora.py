@@ -95,9 +95,7 @@ def reference(host, small_flux_files, loras):
             for key, (layer, rows, columns) in LAYERS.items():
                 if layer in layers:
                     widen(layers[layer], loras[name], key, strength, rows, columns)
-        for name, layer in layers.items():
-            twin.model.diffusion_model.get_submodule(name).forward = layer.forward
-        return twin
+        return small_flux.computing(twin, layers)
 
     return build
 

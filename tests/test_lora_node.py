@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from host.prompts import insert, prompt, run
+from host.prompts import insert, prompt, run, sixteen_bit_loader
 from host.server import HTTP, ComfyServer, PromptError
 from sampling import error_db
 
@@ -142,7 +142,7 @@ def test_dialects(comfyui: ComfyServer, dialect: str):
 
 def test_on_a_16_bit_model(comfyui: ComfyServer):
     """There it is ComfyUI's own LoRA node."""
-    unet = {"class_type": "UNETLoader", "inputs": {"unet_name": "small_bf16.safetensors", "weight_dtype": "default"}}
+    unet = sixteen_bit_loader("small_bf16.safetensors")
     graph = prompt("") | {"model": unet}
     assert torch.equal(run(comfyui, with_lora("kohya.safetensors", graph=graph)), run(comfyui, with_load_lora(graph)))
 

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import DEMO
+from host.prompts import sixteen_bit_loader
 from host.server import ComfyServer, PromptError
 from small_flux import random_flux
 
@@ -44,7 +45,7 @@ def graph(model="quantize_me", **changes):
     widgets = dict(file_name="q", preset="fast", format="int4", rank=16, steps=2, max_prompts=3, size=128,
                    ram_limit_gb=1.0, seed=0)  # fmt: skip
     return {
-        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": f"{model}.safetensors", "weight_dtype": "default"}},
+        "1": sixteen_bit_loader(f"{model}.safetensors"),
         "2": {"class_type": "SVDQuantQuantize", "inputs": {"model": ["1", 0], **widgets, **changes}},
     }
 

@@ -78,5 +78,5 @@ def quantize_prompt(preset: str) -> dict:
     }
 
 
-def sixteen_bit_loader() -> dict:
-    return {"class_type": "UNETLoader", "inputs": {"unet_name": "demo_flux.safetensors", "weight_dtype": "default"}}
+def sixteen_bit_loader(file: str = "demo_flux.safetensors") -> dict:
+    return {"class_type": "UNETLoader", "inputs": {"unet_name": file, "weight_dtype": "default"}}
