@@ -20,7 +20,7 @@ from .dialects import to_comfy_names
 from .errors import SVDQuantError
 from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
-from .recipes import RECIPES, family_of, flux_facts, match_recipe, plan
+from .recipes import facts_of, family_of, match_recipe, plan
 
 TOOL = "comfyui-svdquant 0.2.0"
 METADATA_KEY = "svdquant"
@@ -165,7 +165,7 @@ def model_facts(sd: Mapping[str, Tensor]) -> dict[str, Any]:
     ranks = {int(t.shape[-1]) for key, t in sd.items() if key.endswith(".proj_down")}
     facts = {"parameters": parameters(sd), "ranks": sorted(ranks)}
     recipe = match_recipe(sd)
-    return facts | (flux_facts({k: tuple(t.shape) for k, t in sd.items()}, recipe) if recipe else {})
+    return facts | (facts_of({k: tuple(t.shape) for k, t in sd.items()}, recipe) if recipe else {})
 
 
 def parameters(sd: Mapping[str, Tensor]) -> int:
@@ -182,9 +182,8 @@ def parameters(sd: Mapping[str, Tensor]) -> int:
 def family_title(keys: Iterable[str]) -> str:
     """The recipe's title, a known family's name, or 'an unknown model'."""
     names = {k.removeprefix("model.diffusion_model.").removeprefix("diffusion_model.") for k in keys}
-    for recipe in RECIPES:
-        if names.issuperset(recipe.keys):
-            return recipe.title
+    if recipe := match_recipe(names):
+        return recipe.title
     return family_of(names) or "an unknown model"
 
 
@@ -291,8 +290,7 @@ def quantization_metadata(layers: Mapping[str, QuantizedLinear], info: dict[str,
     }
 
 
-def sixteen_bit(tensor: Tensor) -> Tensor:
-    """Tensors that stay unquantized: 16-bit floats as they are, other floats as bf16, integers untouched."""
-    if tensor.is_floating_point() and tensor.dtype not in (torch.bfloat16, torch.float16):
-        return tensor.to(torch.bfloat16)
-    return tensor
+def sixteen_bit(tensor: Tensor, float32: bool = False) -> Tensor:
+    """Tensors that stay unquantized: floats that are not of 16 bit (or ``float32``) as bf16, all else as it is."""
+    kept = (torch.bfloat16, torch.float16, *((torch.float32,) if float32 else ()))
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.dtype not in kept else tensor

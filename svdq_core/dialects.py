@@ -11,7 +11,7 @@ from .errors import SVDQuantError
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
 TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
 
-SCALE_AND_SHIFT = "final_layer.adaLN_modulation.1"  # diffusers stores scale before shift, BFL after it
+SCALE_AND_SHIFT = "norm_out.linear"  # diffusers stores scale before shift, BFL after it
 
 # black-forest-labs' name → diffusers'; several of diffusers' are concatenated along the output features.
 Names = dict[str, str | tuple[str, ...]]
@@ -19,7 +19,7 @@ DIFFUSERS_ALL: Names = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "final_layer.linear": "proj_out",
-    SCALE_AND_SHIFT: "norm_out.linear",
+    "final_layer.adaLN_modulation.1": SCALE_AND_SHIFT,
     "double_blocks.{i}.img_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.to_{c}" for c in "qkv"),
     "double_blocks.{i}.txt_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.add_{c}_proj" for c in "qkv"),
     "double_blocks.{i}.img_attn.proj": "transformer_blocks.{i}.attn.to_out.0",
@@ -70,18 +70,35 @@ DIFFUSERS_FLUX2: Names = DIFFUSERS_ALL | {
     "single_blocks.{i}.linear1": "single_transformer_blocks.{i}.attn.to_qkv_mlp_proj",
     "single_blocks.{i}.linear2": "single_transformer_blocks.{i}.attn.to_out",
 }
+Z_IMAGE_ATTENTION = {
+    "qkv": ("to_q", "to_k", "to_v"),
+    "out": ("to_out.0",),
+    "q_norm": ("norm_q",),
+    "k_norm": ("norm_k",),
+}
+DIFFUSERS_Z_IMAGE: Names = {
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+} | {
+    f"{blocks}.{{i}}.attention.{name}": tuple(f"{blocks}.{{i}}.attention.{theirs}" for theirs in names)
+    for blocks in ("layers", "noise_refiner", "context_refiner")
+    for name, names in Z_IMAGE_ATTENTION.items()
+}
 DIFFUSERS_BY_KEY = (
+    ("noise_refiner.0.attention.to_q.weight", DIFFUSERS_Z_IMAGE),
     ("double_stream_modulation_img.linear.weight", DIFFUSERS_FLUX2),
     ("distilled_guidance_layer.in_proj.weight", DIFFUSERS_CHROMA),
+    ("x_embedder.weight", DIFFUSERS_FLUX),
 )
 
 
 def to_comfy_names(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """A state dict in ComfyUI's names and the natural layout; unknown keys are kept as they are."""
     sd = strip_prefix(sd)
-    if "x_embedder.weight" in sd and "transformer_blocks.0.attn.to_q.weight" in sd:
-        names = next((names for key, names in DIFFUSERS_BY_KEY if key in sd), DIFFUSERS_FLUX)
-        sd = from_diffusers_flux(sd, names, where)
+    if any(key in sd for key in ("transformer_blocks.0.attn.to_q.weight", "noise_refiner.0.attention.to_q.weight")):
+        names = next((names for key, names in DIFFUSERS_BY_KEY if key in sd), None)
+        sd = sd if names is None else from_diffusers(sd, names, where)
     renamed = {re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", key): t for key, t in sd.items()}
     for key in [k for k in renamed if k.endswith(".comfy_quant")]:
         untile_layer(renamed, key.removesuffix("comfy_quant"))
@@ -97,13 +114,13 @@ def strip_prefix(sd: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keys of the diffusion model alone: a full checkpoint's text encoders and VAE are left out."""
     for prefix in PREFIXES:
         inner = {k.removeprefix(prefix): t for k, t in sd.items() if k.startswith(prefix)}
-        if any("blocks." in k for k in inner):
+        if any(re.search(r"(?:blocks|layers)\.\d", k) for k in inner):
             return inner
     return sd
 
 
-def from_diffusers_flux(sd: dict[str, Tensor], names: Names, where: str) -> dict[str, Tensor]:
-    """diffusers' names of a 16-bit FLUX; split q, k, v (and mlp) are joined."""
+def from_diffusers(sd: dict[str, Tensor], names: Names, where: str) -> dict[str, Tensor]:
+    """diffusers' names of a 16-bit model; split q, k, v (and mlp) are joined."""
     out: dict[str, Tensor] = {}
     used: set[str] = set()
     blocks = max(int(m[1]) for k in sd if (m := re.search(r"(?:transformer_blocks|layers)\.(\d+)\.", k))) + 1
@@ -119,7 +136,7 @@ def from_diffusers_flux(sd: dict[str, Tensor], names: Names, where: str) -> dict
                     missing = next(k for k in keys if k not in sd)
                     raise SVDQuantError(f"{where}: {missing} is missing. The file is incomplete; download it again.")
                 tensor = sd[keys[0]] if len(keys) == 1 else torch.cat([sd[k] for k in keys])
-                if target == SCALE_AND_SHIFT:
+                if sources == SCALE_AND_SHIFT:
                     tensor = swap_halves(tensor)
                 out[f"{target.replace('{i}', str(i))}.{end}"] = tensor
                 used.update(keys)

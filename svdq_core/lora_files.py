@@ -1,4 +1,4 @@
-"""LoRA files: any dialect for FLUX.1, FLUX.2 and Chroma into names that `comfy.lora.load_lora` maps, or an error.
+"""LoRA files: any dialect for the models of RECIPES into names that `comfy.lora.load_lora` maps, or an error.
 
 Names that ComfyUI maps already are kept. Shapes: `N` out_features, `K` in_features, `R` rank; a LoRA of a linear is
 `down (R, K)` and `up (N, R)`, and adds `alpha / R · up @ down` (`up @ down` without an alpha) to its weight.
@@ -33,6 +33,15 @@ BFL = re.compile(
 DIFFUSERS = re.compile(
     r"(?:single_)?transformer_blocks\.\d+\.|(?:x_embedder|context_embedder|time_text_embed|norm_out|proj_out)\."
 )
+OTHERS = re.compile(  # Wan and Z-Image, whose names are the same everywhere
+    r"blocks\.\d+\.(?:self_attn|cross_attn|ffn)\.|(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention|feed_forward)\."
+)
+WAN_DIFFUSERS = re.compile(r"blocks\.\d+\.(?:attn[12]|ffn\.net)\.")
+WAN_NAMES = (  # diffusers' piece of a name, ComfyUI's
+    (".attn1.", ".self_attn."), (".attn2.", ".cross_attn."), (".to_out.0.", ".o."), (".ffn.net.0.proj.", ".ffn.0."),
+    (".ffn.net.2.", ".ffn.2."), (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."),
+    (".add_k_proj.", ".k_img."), (".add_v_proj.", ".v_img."),
+)  # fmt: skip
 XLABS = re.compile(r"(.*)\.processor\.(qkv_lora|proj_lora)([12]?)\.(?:((?:down|up)\.weight)|(alpha))")
 XLABS_LAYERS = {
     "qkv_lora1": "img_attn.qkv",
@@ -103,8 +112,9 @@ def read_lora(path: str | os.PathLike[str], data: bool = True) -> tuple[dict[str
     if any(NUNCHAKU.fullmatch(key) for key in tensors):
         return from_nunchaku(tensors, str(path)), metadata
     check_parts(tensors, str(path))
-    known = {None, *(recipe.title for recipe in RECIPES)}
-    if all(key in tensors for key in BFL_CONTROL) or foreign_architecture(tensors) not in known:
+    family = foreign_architecture(tensors)
+    known = family is None or any(recipe.title in family for recipe in RECIPES)
+    if all(key in tensors for key in BFL_CONTROL) or not known:
         return tensors, metadata
     return rename(tensors, str(path)), metadata
 
@@ -176,7 +186,7 @@ def rename(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def comfy_name(key: str) -> str:
-    """The name by which ComfyUI maps a LoRA's key for FLUX.1, FLUX.2 or Chroma; unknown keys are kept."""
+    """The name by which ComfyUI maps a LoRA's key for the models of RECIPES; unknown keys are kept."""
     key = re.sub(r"\.lora_([AB])\.[^.]+\.weight$", r".lora_\1.weight", key)  # PEFT's adapter name
     key = re.sub(r"\.lora_magnitude_vector(?:\.[^.]+)*$", ".dora_scale", key)
     match = PREFIXES.fullmatch(key)
@@ -189,4 +199,7 @@ def comfy_name(key: str) -> str:
         return "diffusion_model." + re.sub(r"_norm\.scale$", "_norm.set_weight", name)
     if "base_model.model." in prefix and DIFFUSERS.match(name):
         return "transformer." + name
-    return key
+    if WAN_DIFFUSERS.match(name):
+        for theirs, comfyuis in WAN_NAMES:
+            name = name.replace(theirs, comfyuis)
+    return "diffusion_model." + name if OTHERS.match(name) else key

@@ -204,7 +204,7 @@ def add_nunchaku_plain(out: dict[str, Tensor], key: str, tensor: Tensor, where: 
         raise SVDQuantError(
             f"{where}: {key}: an unpacked LoRA inside a file in Nunchaku's format. Use the LoRA it was converted from."
         )
-    if bfl == SCALE_AND_SHIFT and end != "lora_A.weight":
+    if DIFFUSERS_FLUX[bfl] == SCALE_AND_SHIFT and end != "lora_A.weight":
         tensor = swap_halves(tensor)
     layer = bfl.replace("{i}", number[1]) if number else bfl
     end = {"weight": "set_weight", "bias": "diff_b"}.get(end, end)

@@ -34,7 +34,7 @@ from .checkpoint import (
 from .errors import SVDQuantError
 from .formats import Format, get_format
 from .linear import QuantizedLinear
-from .recipes import W4A16, LayerGroup, plan_model
+from .recipes import W4A4, W4A16, W8A8, LayerGroup, plan_model
 from .solve import PRESETS, SolveSettings, solve_shared_input
 
 Event = dict[str, Any]
@@ -124,8 +124,8 @@ class Report:
 
     @property
     def mean_error_db(self) -> float:
-        """Mean over the branch-carrying layers, in dB (the W4A16 ones have another kind of error)."""
-        errors = [layer["error_db"] for layer in self.layers if layer["kind"] != W4A16]
+        """Mean over the layers in the chosen format, in dB (the others have another kind of error)."""
+        errors = [layer["error_db"] for layer in self.layers if layer["kind"] == W4A4]
         return sum(errors) / max(1, len(errors))
 
     def summary(self) -> str:
@@ -241,11 +241,16 @@ def product(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
+def format_of(group: LayerGroup, fmt: Format) -> Format:
+    """The format of a group's layers where the chosen one is ``fmt``."""
+    return get_format({W4A16: "awq", W8A8: "int8"}[group.kind]) if group.kind != W4A4 else fmt
+
+
 def fits(
     group: LayerGroup, weights: Mapping[str, tuple[int, ...]], fmt: Format, on_event: Callable[[Event], None]
 ) -> bool:
     """Whether the format's groups divide the layer's input; a layer that does not fit stays 16 bit and says so."""
-    size = get_format("awq").group if group.kind == W4A16 else fmt.group
+    size = format_of(group, fmt).group
     k = weights[group.names[0]][1]
     if k % (size or 2) == 0:
         return True
@@ -284,7 +289,7 @@ def solve_group(
     weights = [source.tensor(f"{n}.weight") for n in group.names]
     biases = [source.tensor(f"{n}.bias") if f"{n}.bias" in keys else None for n in group.names]
     x, absmax = shared_samples(samples, group, source.name)
-    fmt = get_format("awq") if group.kind == W4A16 else fmt
+    fmt = format_of(group, fmt)
     key = hashlib.sha256(repr((TOOL, device.type, group, fmt.name, asdict(settings))).encode())
     for tensor in (*weights, *biases):
         if tensor is not None:
@@ -370,9 +375,17 @@ def assemble(
     info: dict[str, Any],
     check: Callable[[], None],
 ) -> None:
-    """Write the final file: quantized layers, and everything else in 16 bit."""
+    """Write the final file: quantized layers, and everything else in 16 bit.
+
+    Convolutions may stay in float32: they are small, and ComfyUI computes Wan's first one in it.
+    """
     quantized = {f"{name}.{end}" for name in layers for end in ("weight", "bias")}
-    tensors = {key: sixteen_bit(source.tensor(key)).cpu() for key in shapes if key not in quantized}
+    convolutions = {key.rpartition(".")[0] for key, shape in shapes.items() if len(shape) > 2}
+    tensors = {
+        key: sixteen_bit(source.tensor(key), key.rpartition(".")[0] in convolutions).cpu()
+        for key in shapes
+        if key not in quantized
+    }
     for name, layer in layers.items():
         tensors |= layer.state_dict(name)
     write_checkpoint(output, tensors, quantization_metadata(layers, info), check)

@@ -12,6 +12,7 @@ from .errors import SVDQuantError
 
 W4A4 = "w4a4"  # the chosen 4-bit (or 8-bit) format with smoothing and branch
 W4A16 = "w4a16"  # 4-bit weights only
+W8A8 = "w8a8"  # 8 bit with smoothing and branch, where 4 bit would lose too much and 16 bit be too large
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Rule:
     after_gelu: bool = False
     shares: str | None = None
 
+    @property
+    def list(self) -> str:
+        """The list of blocks that it is in."""
+        return self.name.split(".", 1)[0]
+
     def matches(self, layer: str) -> re.Match[str] | None:
         """A match whose group 1 is the block number, or None."""
         return re.fullmatch(re.escape(self.name).replace(r"\{i\}", r"(\d+)"), layer)
@@ -30,13 +36,23 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model family. ``keys`` must be in the state dict and ``absent`` must not; other layers stay 16 bit."""
+    """A model family. ``keys`` must be in the state dict and ``absent`` must not; other layers stay 16 bit.
+
+    ``text`` is the linear that reads the text encoder's tokens; calibration samples ``frames`` pictures of a latent.
+    """
 
     name: str
     title: str
     keys: tuple[str, ...]
     absent: tuple[str, ...]
     rules: tuple[Rule, ...]
+    text: str = "txt_in"
+    frames: int = 1
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """The names of its lists of blocks, in the model's order."""
+        return tuple(dict.fromkeys(rule.list for rule in self.rules))
 
 
 @dataclass(frozen=True)
@@ -111,19 +127,112 @@ CHROMA = Recipe(
     rules=FLUX_LINEARS,  # a network of its own makes all modulations
 )
 
-RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA)
+QWEN_IMAGE = Recipe(
+    name="qwen_image",
+    title="Qwen-Image",
+    keys=(
+        "img_in.weight",
+        "txt_in.weight",
+        "txt_norm.weight",
+        "transformer_blocks.0.img_mod.1.weight",
+        "transformer_blocks.0.attn.add_q_proj.weight",
+        "transformer_blocks.0.img_mlp.net.0.proj.weight",
+    ),
+    absent=(),
+    rules=(
+        Rule("transformer_blocks.{i}.img_mod.1", W4A16),
+        Rule("transformer_blocks.{i}.txt_mod.1", W4A16),
+        *(Rule(f"transformer_blocks.{{i}}.attn.to_{c}", shares="img_attn") for c in "qkv"),
+        *(Rule(f"transformer_blocks.{{i}}.attn.add_{c}_proj", shares="txt_attn") for c in "qkv"),
+        Rule("transformer_blocks.{i}.attn.to_out.0"),
+        Rule("transformer_blocks.{i}.attn.to_add_out"),
+        Rule("transformer_blocks.{i}.img_mlp.net.0.proj"),
+        Rule("transformer_blocks.{i}.img_mlp.net.2", after_gelu=True),
+        Rule("transformer_blocks.{i}.txt_mlp.net.0.proj"),
+        Rule("transformer_blocks.{i}.txt_mlp.net.2", after_gelu=True),
+    ),
+)
+
+Z_IMAGE = Recipe(
+    name="z_image",
+    title="Z-Image",
+    keys=(
+        "x_embedder.weight",
+        "cap_embedder.1.weight",
+        "noise_refiner.0.attention.qkv.weight",
+        "context_refiner.0.attention.qkv.weight",
+        "layers.0.attention.qkv.weight",
+        "layers.0.adaLN_modulation.0.weight",  # Lumina 2 has a SiLU in that place
+    ),
+    absent=("dec_net.cond_embed.weight",),  # works on pixels, not latents
+    # The modulations read 256 features: 2 % of the weights, which stay 16 bit.
+    rules=tuple(
+        Rule(f"{blocks}.{{i}}.{name}", shares=shares)
+        for blocks in ("context_refiner", "noise_refiner", "layers")
+        for name, shares in (
+            ("attention.qkv", None),
+            ("attention.out", None),
+            ("feed_forward.w1", "feed_forward"),
+            ("feed_forward.w3", "feed_forward"),
+            ("feed_forward.w2", None),
+        )
+    ),
+    text="cap_embedder.1",
+)
+
+WAN = Recipe(
+    name="wan",
+    title="Wan",
+    keys=(
+        "patch_embedding.weight",
+        "text_embedding.0.weight",
+        "time_projection.1.weight",
+        "head.modulation",
+        "blocks.0.self_attn.q.weight",
+        "blocks.0.cross_attn.q.weight",
+        "blocks.0.ffn.0.weight",
+    ),
+    absent=("blocks.0.cross_attn.k_img.weight",),
+    # Keys and values of the cross-attention read the text. The paper keeps such in 16 bit; here they are a seventh of
+    # all weights.
+    rules=(
+        *(Rule(f"blocks.{{i}}.self_attn.{c}", shares="self_attn") for c in "qkv"),
+        Rule("blocks.{i}.self_attn.o"),
+        Rule("blocks.{i}.cross_attn.q"),
+        *(Rule(f"blocks.{{i}}.cross_attn.{c}", W8A8, shares="text") for c in "kv"),
+        Rule("blocks.{i}.cross_attn.o"),
+        Rule("blocks.{i}.ffn.0"),
+        Rule("blocks.{i}.ffn.2", after_gelu=True),
+    ),
+    text="text_embedding.0",
+    frames=5,
+)
+
+WAN_I2V = replace(
+    WAN,
+    name="wan_i2v",
+    keys=(*WAN.keys, "blocks.0.cross_attn.k_img.weight"),
+    absent=(),
+    rules=(*WAN.rules, *(Rule(f"blocks.{{i}}.cross_attn.{c}_img", W8A8, shares="picture") for c in "kv")),
+)
+
+RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, WAN, WAN_I2V)
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
-FLUX2_RELEASES: dict[tuple[tuple[int, ...], int], str] = {  # by blocks and width
-    ((8, 48), 6144): "dev",
-    ((8, 24), 4096): "klein 9B",
-    ((5, 20), 3072): "klein 4B",
-}
 FLUX_RELEASES = {  # by what shapes tell: whether guidance is an input, and the channels that img_in reads
     (True, 64): "dev, Krea or Kontext",
     (False, 64): "schnell",
     (True, 384): "Fill",
     (True, 128): "Depth or Canny",
+}
+RELEASES: dict[tuple[str, tuple[int, ...], int], str] = {  # of the other families, by blocks and width
+    ("flux2", (8, 48), 6144): "dev",
+    ("flux2", (8, 24), 4096): "klein 9B",
+    ("flux2", (5, 20), 3072): "klein 4B",
+    ("wan", (40,), 5120): "14B",
+    ("wan_i2v", (40,), 5120): "2.1 14B image to video",
+    ("wan", (30,), 3072): "2.2 5B",
+    ("wan", (30,), 1536): "2.1 1.3B",
 }
 
 # What else people drop here, by a key only that family has; the first hit names it.
@@ -132,9 +241,8 @@ KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
     ("double_blocks.0.img_attn.norm.key_norm", "a FLUX-like model"),
     ("txt_in.individual_token_refiner.", "HunyuanVideo"),
     ("joint_blocks.0.", "Stable Diffusion 3"),
-    ("transformer_blocks.0.img_mod.1.", "Qwen-Image"),
-    ("cap_embedder.", "Lumina 2 or Z-Image"),
-    ("blocks.0.self_attn.q.", "Wan"),
+    ("dec_net.cond_embed.", "Z-Image on pixels"),
+    ("cap_embedder.", "Lumina 2"),
     ("label_emb.0.0.weight", "Stable Diffusion XL"),
     ("input_blocks.0.0.weight", "Stable Diffusion 1.x or 2.x"),
     ("adaln_single.", "PixArt or LTX-Video"),
@@ -142,17 +250,16 @@ KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
 )
 
 
-def flux_facts(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str, Any]:
+def facts_of(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str, Any]:
     """Blocks and width of a model, and which release of its family it is (or is finetuned from) if its shapes tell."""
-    width, channels = shapes["img_in.weight"]
     blocks = tuple(
-        len({key.split(".")[1] for key in shapes if key.startswith(f"{kind}_blocks.")}) for kind in ("double", "single")
+        len({key.split(".")[1] for key in shapes if key.startswith(f"{blocks}.")}) for blocks in recipe.lists
     )
-    guidance = "guidance_in.in_layer.weight" in shapes
-    release = FLUX2_RELEASES.get((blocks, width)) if recipe is FLUX2 else None
+    width = shapes[f"{recipe.text}.weight"][0]
+    release = RELEASES.get((recipe.name, blocks, width))
     if recipe is FLUX and (blocks, width) == (FLUX_BLOCKS, FLUX_WIDTH):
-        release = FLUX_RELEASES.get((guidance, channels))
-    return {"release": release, "blocks": blocks, "width": width, "channels": channels, "guidance": guidance}
+        release = FLUX_RELEASES.get(("guidance_in.in_layer.weight" in shapes, shapes["img_in.weight"][1]))
+    return {"release": release, "blocks": blocks, "width": width}
 
 
 def family_of(keys: Iterable[str]) -> str | None:
@@ -169,7 +276,7 @@ def find_recipe(keys: Collection[str], where: str) -> Recipe:
     present = set(keys)
     family = family_of(present)
     seen = f"It looks like {family}." if family else f"Its first keys are: {', '.join(sorted(present)[:6]) or 'none'}."
-    known = ", ".join(r.title for r in RECIPES)
+    known = ", ".join(dict.fromkeys(r.title for r in RECIPES))
     raise SVDQuantError(f"{where}: no quantization recipe for this architecture. {seen} Known so far: {known}.")
 
 
@@ -195,23 +302,22 @@ def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], where: str) -> l
     Every block must be complete: a file that lost layers is refused by name, not quantized half.
     """
     blocks: dict[str, set[int]] = {}
-    found: dict[tuple[int, str], list[tuple[str, Rule]]] = {}
+    found: dict[tuple[str, str, str], list[tuple[str, Rule]]] = {}
     for rule in recipe.rules:
         for layer in shapes:
             if match := rule.matches(layer):
-                blocks.setdefault(rule.name.split(".", 1)[0], set()).add(int(match[1]))
-                found.setdefault((int(match[1]), rule.shares or layer), []).append((layer, rule))
+                blocks.setdefault(rule.list, set()).add(int(match[1]))
+                found.setdefault((rule.list, match[1], rule.shares or layer), []).append((layer, rule))
     for rule in recipe.rules:
-        for i in range(max(blocks.get(rule.name.split(".", 1)[0], {-1})) + 1):
+        for i in range(max(blocks.get(rule.list, {-1})) + 1):
             if (name := rule.name.replace("{i}", str(i))) not in shapes:
                 raise SVDQuantError(f"{where}: {name}.weight is missing. The file is incomplete; download it again.")
+    position = {layer: n for n, layer in enumerate(natural_order(shapes))}
     groups = [
         LayerGroup(tuple(layer for layer, _ in members), members[0][1].kind, members[0][1].after_gelu)
         for members in found.values()
     ]
-    order = {rule.name.split(".", 1)[0]: n for n, rule in reversed(list(enumerate(recipe.rules)))}
-    position = {layer: n for n, layer in enumerate(natural_order(shapes))}
-    return sorted(groups, key=lambda g: (order[g.names[0].split(".", 1)[0]], position[g.names[0]]))
+    return sorted(groups, key=lambda g: (recipe.lists.index(g.names[0].split(".", 1)[0]), position[g.names[0]]))
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

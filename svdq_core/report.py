@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, TOP, BOTTOM, LEFT = 1024, 56, 64, 64
-COLOURS = {"w4a4": (74, 144, 226), "w4a16": (155, 155, 155)}
+COLOURS = {"w4a4": (74, 144, 226), "w8a8": (74, 144, 226), "w4a16": (155, 155, 155)}
 INK, GRID = (40, 40, 40), (225, 225, 225)
 
 

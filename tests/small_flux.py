@@ -11,7 +11,8 @@ import torch
 from comfyui_svdquant.svdq_core import QuantizedLinear, read_checkpoint
 from comfyui_svdquant.svdq_core.checkpoint import quantization_metadata, write_checkpoint
 from comfyui_svdquant.svdq_core.formats import GELU_SHIFT, Format, get_format
-from comfyui_svdquant.svdq_core.recipes import W4A16, plan_model
+from comfyui_svdquant.svdq_core.quantize import format_of
+from comfyui_svdquant.svdq_core.recipes import plan_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -140,7 +141,7 @@ def quantize(sd: dict[str, Tensor], fmt: str = "int4") -> dict[str, QuantizedLin
         for name in group.names:
             weight = sd[f"{name}.weight"]
             bias = sd.get(f"{name}.bias", torch.zeros(weight.shape[0]))
-            target = get_format("awq" if group.kind == W4A16 else fmt)
+            target = format_of(group, get_format(fmt))
             layers[name] = quantize_layer(weight, bias, target, group.after_gelu)
     return layers
 

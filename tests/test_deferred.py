@@ -12,7 +12,9 @@ from comfyui_svdquant.svdq_core.formats import get_format
 from torch import Tensor
 
 import small_flux
+from narrow import read_widths
 from sampling import error_db, load
+from test_families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels", "nothing_remembered")
 F = torch.nn.functional
@@ -221,14 +223,30 @@ def inputs_of(block) -> tuple:
 
     pe = EmbedND(128, 10000, [16, 56, 56])(torch.zeros(1, 9, 3))
     tokens = (random(1, 9, 256),) if hasattr(block, "linear1") else (random(1, 6, 256), random(1, 3, 256, seed=2))
-    return *tokens, random(1, 256, seed=1) if block.modulation else random(1, 1, 12 * 256, seed=1), pe
+    own = getattr(block, "modulation", True)
+    flux2 = own is None or own is False  # Wan's is a tensor
+    return *tokens, random(1, 1, 12 * 256, seed=1) if flux2 else random(1, 256, seed=1), pe
 
 
 def outputs_of(block, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    if not hasattr(block, "modulation") or isinstance(block.modulation, Tensor):
+        return outputs_of_others(block, dtype)
     *tokens, vec, pe = (t.to(dtype, copy=True) for t in inputs_of(block))  # blocks write to their inputs
     with torch.no_grad():
         found = block(*tokens, vec if block.modulation else modulations(block, vec), pe.float())
     return torch.cat(found, 1) if isinstance(found, tuple) else found
+
+
+def outputs_of_others(block, dtype: torch.dtype) -> Tensor:
+    """The same for Qwen-Image's blocks, and for Wan's, whose modulation is a tensor."""
+    from comfy.ldm.flux.layers import EmbedND
+
+    img, txt, vec, pe = (t.to(dtype) for t in inputs_of(block))
+    with torch.no_grad():
+        if hasattr(block, "modulation"):
+            pe = EmbedND(128, 10000, [44, 42, 42])(torch.zeros(1, 6, 3))
+            return block(img, vec.reshape(1, 1, 256).repeat(1, 6, 1), pe, txt)
+        return torch.cat(block(img, txt, None, vec, pe.to(dtype)), 1)
 
 
 def modulations(block, vec: Tensor) -> Any:
@@ -263,6 +281,24 @@ def test_blocks_of_flux2(flux2_model, force, ran, monkeypatch, kind):
     """The same norms; what comes after a gated SiLU reads a tensor."""
     block = getattr(flux2_model.model.diffusion_model, f"{kind}_blocks")[0]
     check_block(block, force, ran, monkeypatch, "triton-w4a4", GATED[kind])
+
+
+OTHERS = {  # q, k and v of each stream read its norm
+    "qwen_image": {"{}-after-norm": 6, "{}": 2, "{}-mlp-after-norm": 2},
+    "wan": {"{}-after-norm": 3, "{}": 3, "{}-mlp-after-norm": 1},  # the cross-attention has a norm with weights
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_blocks_of_other_families(host, force, ran, monkeypatch, tmp_path, name):
+    family = next(family for family in FAMILIES if family.recipe.name == name)
+    sd = family.make()
+    path = small_flux.write(tmp_path / "int4.safetensors", sd, small_flux.quantize(sd))
+    force("triton-w4a4")
+    with read_widths():
+        model = load(path, torch.bfloat16).model.diffusion_model
+    blocks = model.transformer_blocks if name == "qwen_image" else model.blocks
+    check_block(blocks[0], force, ran, monkeypatch, "triton-w4a4", OTHERS[name])
 
 
 def check_block(block, force, ran, monkeypatch, name: str, wanted: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ import torch
 from comfyui_svdquant.svdq_core.checkpoint import describe_file, parameters, read_checkpoint, read_header
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.lora_files import read_lora
-from comfyui_svdquant.svdq_core.recipes import FLUX, flux_facts
+from comfyui_svdquant.svdq_core.recipes import FLUX, facts_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,9 +48,9 @@ def test_releases_of_flux(channels, guidance, release):
     shapes = {"img_in.weight": (3072, channels)} | ({"guidance_in.in_layer.weight": (3072, 256)} if guidance else {})
     shapes |= {f"double_blocks.{i}.img_attn.qkv.weight": (9216, 3072) for i in range(19)}
     shapes |= {f"single_blocks.{i}.linear1.weight": (21504, 3072) for i in range(38)}
-    assert flux_facts(shapes, FLUX)["release"] == release
+    assert facts_of(shapes, FLUX)["release"] == release
     del shapes["single_blocks.37.linear1.weight"]
-    assert flux_facts(shapes, FLUX)["release"] is None and flux_facts(shapes, FLUX)["blocks"] == (19, 37)
+    assert facts_of(shapes, FLUX)["release"] is None and facts_of(shapes, FLUX)["blocks"] == (19, 37)
 
 
 def test_only_the_header_is_read(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_svdquant.svdq_core.recipes import FLUX, FLUX2, find_recipe, flux_facts, plan_model
+from comfyui_svdquant.svdq_core.recipes import FLUX, FLUX2, facts_of, find_recipe, plan_model
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def test_releases(width, double, single, release):
     shapes = {key: (width, 128) for key in FLUX2.keys}
     shapes |= {f"double_blocks.{i}.img_attn.qkv.weight": (3 * width, width) for i in range(double)}
     shapes |= {f"single_blocks.{i}.linear1.weight": (9 * width, width) for i in range(single)}
-    assert flux_facts(shapes, FLUX2)["release"] == release
+    assert facts_of(shapes, FLUX2)["release"] == release
 
 
 # ---- quantize, load, sample ----------------------------------------------------------------------------------

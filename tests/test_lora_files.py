@@ -667,7 +667,7 @@ def test_a_million_tensors_are_refused(tmp_path):
 def test_foreign_architectures(tmp_path, model, keys):
     assert (foreign_architecture(keys) or "").startswith(model or "")
     assert (foreign_architecture(keys) is None) == (model is None)
-    if model and "lora_A.weight" in keys[0]:  # their names are left to ComfyUI
+    if model and "lora_A.weight" in keys[0] and not keys[0].startswith("transformer.blocks."):  # left to ComfyUI
         pair = {keys[0]: torch.ones(2, 4), keys[0].replace("lora_A", "lora_B"): torch.ones(4, 2)}
         assert read_lora(write(tmp_path, pair))[0].keys() == pair.keys()
 

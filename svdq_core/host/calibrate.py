@@ -57,6 +57,8 @@ def calibrate(
     device = comfy.model_management.intermediate_device()
     empty = torch.zeros(1, 4, settings.size // PIXELS, settings.size // PIXELS, device=device)
     latent = comfy.sample.fix_empty_latent_channels(model, empty, downscale_ratio_spacial=PIXELS)
+    if latent.dim() == 5:
+        latent = latent.repeat(1, 1, source.recipe.frames, 1, 1)
     total = len(prompts) * settings.steps
     previewer = Previewer(model)
     started = time.monotonic()
@@ -125,8 +127,7 @@ def latent_decoder(model: ModelPatcher) -> latent_preview.LatentPreviewer:
 
 def blank_conditioning(source: ModelSource, seed: int) -> Conditioning:
     """Stands in for a text encoder that is not connected: tokens of unit size, as random as the seed."""
-    params = source.model.model.diffusion_model.params
-    generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, 64, params.context_in_dim, generator=generator)
-    pooled = torch.randn(1, params.vec_in_dim or 1, generator=generator)
+    shapes, generator = source.shapes(), torch.Generator().manual_seed(seed)
+    context = torch.randn(1, 64, shapes[f"{source.recipe.text}.weight"][1], generator=generator)
+    pooled = torch.randn(1, shapes.get("vector_in.in_layer.weight", (1, 1))[1], generator=generator)
     return [[context, {"pooled_output": pooled}]]

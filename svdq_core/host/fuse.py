@@ -1,12 +1,14 @@
 """What the linears of a loaded 4-bit model take over from the modules around them, in the model's own forward.
 
-``mlp.0 -> GELU -> mlp.2`` is one op where nothing else has to see what is between them; in FLUX's blocks, norms and
-GELUs are :mod:`deferred <..deferred>` to the quantizer of the linear that comes next.
+``mlp.0 -> GELU -> mlp.2`` is one op where nothing else has to see what is between them; in blocks that are known,
+norms and GELUs are :mod:`deferred <..deferred>` to the quantizer of the linear that comes next.
 """
 
 from typing import Any
 
 import comfy.ldm.flux.layers as flux
+import comfy.ldm.qwen_image.model as qwen
+import comfy.ldm.wan.model as wan
 import torch
 from comfy.ops import run_every_op
 from torch import Tensor, nn
@@ -18,22 +20,41 @@ from .layout import layer_of
 from .ops import Linear
 
 
-class MLP(nn.Sequential):
-    """ComfyUI's own ``nn.Sequential`` of a linear, GELU (tanh) and a linear, with another class.
+class FusedMLP(nn.Module):
+    """In front of ComfyUI's module of a linear, GELU (tanh) and a linear.
 
     Keys, children and hooks stay what they are. Wherever anything but 4-bit weights and low-rank branches takes part,
     on the CPU, and for weights that are not on the input's device (offloaded, or under dynamic VRAM) it runs its
     children one after the other, as always.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def parts(self) -> tuple[Linear, Linear, tuple[nn.Module, ...]]:
+        """Both linears, and what is between them."""
         children: Any = self
         first, between, second = children
-        if not (backends.may_fuse(x) and alone(first, x) and alone(second, x) and unhooked(between)):
-            return super().forward(x)
+        return first, second, (between,)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        comfyuis: Any = super().forward
+        first, second, between = self.parts()
+        if not (backends.may_fuse(x) and alone(first, x) and alone(second, x) and all(map(unhooked, between))):
+            return comfyuis(x, *args, **kwargs)
         run_every_op()
         activations = first.weight._params.activations
         return backends.mlp(x, adapted(first, x), adapted(second, x), activations)
+
+
+class MLP(FusedMLP, nn.Sequential):
+    """FLUX.1's and Wan's."""
+
+
+class FeedForward(FusedMLP, qwen.FeedForward):
+    """Qwen-Image's, whose first linear is within its GELU."""
+
+    def parts(self) -> tuple[Linear, Linear, tuple[nn.Module, ...]]:
+        children: Any = self.net
+        first, between, second = children
+        return first.proj, second, (first, between)
 
 
 class GELU(nn.GELU):
@@ -44,7 +65,12 @@ class GELU(nn.GELU):
 
 
 class Block(nn.Module):
-    """In front of a block of ComfyUI's that uses every norm and GELU at once: they may be deferred while it runs."""
+    """In front of a block of ComfyUI's that uses every norm and GELU at once: they may be deferred while it runs.
+
+    ``beside`` is another class of ComfyUI's file: a forward that somebody exchanged is not from there.
+    """
+
+    beside: type[nn.Module] = flux.MLPEmbedder
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         comfyuis: Any = super().forward
@@ -62,13 +88,25 @@ class SingleStreamBlock(Block, flux.SingleStreamBlock):
     """Both in one."""
 
 
-def uses_at_once(block: nn.Module, forward: Any) -> bool:
+class QwenImageTransformerBlock(Block, qwen.QwenImageTransformerBlock):
+    """Image and text, with norms that three linears read."""
+
+    beside = qwen.LastLayer
+
+
+class WanAttentionBlock(Block, wan.WanAttentionBlock):
+    """A video, which looks at the text; its norms are read by three linears, too."""
+
+    beside = wan.Head
+
+
+def uses_at_once(block: Block, forward: Any) -> bool:
     """Whether nobody else can get hold of a norm, and keep it while what it was made of is written to.
 
     That is, the forward is ComfyUI's, and there are no hooks on what is in the block.
     """
     code = getattr(forward, "__code__", None)
-    if code is None or code.co_filename != flux.MLPEmbedder.__init__.__code__.co_filename:
+    if code is None or code.co_filename != block.beside.__init__.__code__.co_filename:
         return False
     parts = list(block._modules.values())
     for module in parts:  # of which there are 29, at every call: block.modules() takes three times as long
@@ -82,6 +120,8 @@ def uses_at_once(block: nn.Module, forward: Any) -> bool:
 BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     flux.DoubleStreamBlock: DoubleStreamBlock,
     flux.SingleStreamBlock: SingleStreamBlock,
+    qwen.QwenImageTransformerBlock: QwenImageTransformerBlock,
+    wan.WanAttentionBlock: WanAttentionBlock,
 }
 
 
@@ -92,6 +132,8 @@ def fuse(model: nn.Module) -> None:
             first, between, second = module
             if isinstance(first, Linear) and isinstance(second, Linear) and is_gelu(between):
                 module.__class__ = MLP
+        if type(module) is qwen.FeedForward and module.net[0].approximate == "tanh":
+            module.__class__ = FeedForward
         block = BLOCKS.get(type(module))
         if block is not None and backends.on_gpu():
             module.__class__ = block

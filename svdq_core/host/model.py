@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import tensor_bytes
 from ..errors import SVDQuantError
-from ..recipes import LayerGroup, plan_model
+from ..recipes import LayerGroup, Recipe, find_recipe, plan_model
 from .layout import is_quantized
 
 PREFIX = "diffusion_model."
@@ -30,7 +30,7 @@ class ModelSource:
     def __init__(self, model: ModelPatcher) -> None:
         self.model = model
         self.name = f"this model ({type(model.model).__name__})"
-        self.parameters = dict(model.model.diffusion_model.named_parameters())
+        self.parameters: dict[str, Tensor] = dict(model.model.diffusion_model.named_parameters())
         for key, parameter in self.parameters.items():
             if is_quantized(parameter):
                 raise SVDQuantError(
@@ -41,6 +41,7 @@ class ModelSource:
                     f"{key}: this MODEL holds packed {parameter.dtype} weights (a GGUF file, perhaps), which cannot be "
                     "read here. Connect the 16-bit model it was made from."
                 )
+        self.parameters |= saved_buffers(model.model.diffusion_model)
         self.origin: dict[str, Any] = {"model": type(model.model).__name__, "patched_weights": len(model.patches)}
         if path := file_of(model):
             self.origin["file"] = path.name
@@ -70,6 +71,10 @@ class ModelSource:
         backup = self.model.backup.get(full_key)
         return current if backup is None else backup.weight
 
+    @property
+    def recipe(self) -> Recipe:
+        return find_recipe(self.parameters, self.name)
+
     def groups(self) -> list[LayerGroup]:
         """The recipe's groups for this model."""
         return plan_model(self.shapes(), self.name)[1]
@@ -88,6 +93,16 @@ class ModelSource:
             hash_nested(raw, digest.update)
             hash_nested(self.model.patches.get(full, []), digest.update)
         return digest.digest()
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a file holds besides the parameters; a name may be all there is to it, by which ComfyUI knows a variant."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def hash_nested(value: Any, update: Callable[[bytes], Any]) -> None:

@@ -1,0 +1,45 @@
+"""Small models of ComfyUI's classes: widths that ComfyUI takes for granted are read from the file, as others are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Z_IMAGE = {
+    "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3,
+    "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+}  # fmt: skip
+
+
+def widths(model: str, sd: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """What ComfyUI's config of a ``model`` lacks."""
+
+    def shape(layer: str) -> tuple[int, ...]:
+        return tuple(sd[f"{prefix}{layer}.weight"].shape)
+
+    if model == "chroma":
+        net = "distilled_guidance_layer"
+        return {"out_dim": shape(f"{net}.out_proj")[0], "hidden_dim": shape(f"{net}.in_proj")[0]}
+    if model == "qwen_image":
+        return {"num_attention_heads": shape("img_in")[0] // 128, "joint_attention_dim": shape("txt_in")[1]}
+    if model == "lumina2":
+        heads = shape("x_embedder")[0] // 128
+        return {"n_heads": heads, "n_kv_heads": heads, **Z_IMAGE}
+    return {"text_dim": shape("text_embedding.0")[1]} if model == "wan2.1" else {}
+
+
+@contextmanager
+def read_widths() -> Iterator[None]:
+    """Within it ComfyUI's detection knows them."""
+    import comfy.model_detection as detection
+
+    comfyuis = detection.detect_unet_config
+
+    def detect(sd: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> Any:
+        found = comfyuis(sd, prefix, *args, **kwargs)
+        return found and found | widths(found.get("image_model", ""), sd, prefix)
+
+    detection.detect_unet_config = detect
+    try:
+        yield
+    finally:
+        detection.detect_unet_config = comfyuis

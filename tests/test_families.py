@@ -1,0 +1,347 @@
+"""Families besides FLUX: small random models of ComfyUI's own classes, quantized, loaded, sampled, with LoRAs.
+
+ComfyUI takes some widths of these classes for granted; here it reads them from the file (`narrow.py`).
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui_svdquant.svdq_core.checkpoint import describe_file, read_checkpoint
+from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_Z_IMAGE
+from comfyui_svdquant.svdq_core.recipes import (
+    CHROMA,
+    QWEN_IMAGE,
+    W4A4,
+    W4A16,
+    W8A8,
+    WAN,
+    WAN_I2V,
+    Z_IMAGE,
+    Recipe,
+    plan_model,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+
+import small_flux
+from host.install import ROOT
+from host.prompts import run
+from host.server import ComfyServer
+from host.workflow import to_prompt
+from narrow import Z_IMAGE as NARROW_Z_IMAGE
+from narrow import read_widths
+from sampling import assert_same, error_db, load, sample
+from test_quantize_node import graph
+
+WIDTH, GUIDANCE, TEXT = 256, 64, small_flux.CONTEXT
+
+
+@dataclass(frozen=True)
+class Family:
+    """``kept`` are the names of what stays in 16 bit."""
+
+    recipe: Recipe
+    make: Callable[[], dict[str, Tensor]]
+    blocks: tuple[int, ...]
+    layers: int
+    after_gelu: int
+    kept: set[str]
+    lora: dict[str, str]  # a key in some trainer's dialect, and its layer
+    kinds: set[str] = field(default_factory=lambda: {W4A4})
+    sliced: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows of the layer, where not all
+    frames: int = 1
+
+
+def random_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Of sensible sizes for a model of ComfyUI's, on the meta device."""
+    sd, other = small_flux.Weights(0, torch.bfloat16), small_flux.Weights(1, torch.bfloat16)
+    for key, tensor in model.state_dict().items():
+        name, _, end = key.rpartition(".")
+        if tensor.dim() == 2 and end == "weight":
+            sd.linear(name, *tensor.shape, bias=False)
+            continue
+        noise = torch.randn(tensor.shape, generator=other.generator) * 0.1
+        sd[key] = (noise + 1 if tensor.dim() == 1 and end == "weight" else noise).to(tensor.dtype)
+    return sd
+
+
+def meta(cls: type[torch.nn.Module], **config: Any) -> torch.nn.Module:
+    import comfy.ops
+
+    return cls(**config, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
+
+
+def random_qwen_image() -> dict[str, Tensor]:
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    edit_2511 = {"default_ref_method": "index_timestep_zero"}  # an empty tensor's name is all that tells it
+    config = {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": TEXT}
+    return random_weights(meta(QwenImageTransformer2DModel, **config, **edit_2511))
+
+
+def random_z_image() -> dict[str, Tensor]:
+    from comfy.ldm.lumina.model import NextDiT
+
+    config = {"in_channels": 16, "dim": WIDTH, "cap_feat_dim": TEXT, "n_layers": 2, "qk_norm": True}
+    return random_weights(meta(NextDiT, n_heads=2, n_kv_heads=2, **config, **NARROW_Z_IMAGE))
+
+
+def random_wan(model_type: str, channels: int = 16) -> dict[str, Tensor]:
+    """Its first layer is in float32, as ComfyUI has it."""
+    from comfy.ldm.wan.model import WanModel
+
+    config = {"dim": WIDTH, "ffn_dim": 2 * WIDTH, "num_heads": 2, "num_layers": 2, "text_dim": TEXT}
+    return random_weights(meta(WanModel, model_type=model_type, in_dim=channels, **config))
+
+
+FAMILIES = [
+    Family(
+        CHROMA,
+        lambda: small_flux.random_chroma(WIDTH, GUIDANCE),
+        blocks=(1, 2),
+        layers=12,
+        after_gelu=2,
+        kept={"img_in", "txt_in", "distilled_guidance_layer", "final_layer"},
+        lora={
+            "transformer.single_transformer_blocks.0.proj_out": "single_blocks.0.linear2",
+            "base_model.model.double_blocks.0.img_attn.proj": "double_blocks.0.img_attn.proj",
+            "distilled_guidance_layer.in_proj": "distilled_guidance_layer.in_proj",
+        },
+    ),
+    Family(
+        QWEN_IMAGE,
+        random_qwen_image,
+        blocks=(2,),
+        layers=28,
+        after_gelu=4,
+        kept={"img_in", "txt_in", "time_text_embed", "norm_out", "proj_out"},
+        kinds={W4A4, W4A16},
+        lora={
+            "transformer_blocks.0.attn.to_k": "transformer_blocks.0.attn.to_k",
+            "transformer.transformer_blocks.0.attn.to_out.0": "transformer_blocks.0.attn.to_out.0",
+            "diffusion_model.transformer_blocks.1.txt_mlp.net.2": "transformer_blocks.1.txt_mlp.net.2",
+            "base_model.model.transformer_blocks.1.img_mlp.net.0.proj": "transformer_blocks.1.img_mlp.net.0.proj",
+            "lora_unet_transformer_blocks_0_img_mod_1": "transformer_blocks.0.img_mod.1",
+        },
+    ),
+    Family(
+        Z_IMAGE,
+        random_z_image,
+        blocks=(2, 2, 2),
+        layers=30,
+        after_gelu=0,
+        kept={"x_embedder", "cap_embedder", "t_embedder", "final_layer", "noise_refiner", "layers"},  # modulations
+        lora={
+            "diffusion_model.layers.0.attention.to_k": "layers.0.attention.qkv",
+            "transformer.layers.1.attention.to_out.0": "layers.1.attention.out",
+            "base_model.model.layers.1.feed_forward.w2": "layers.1.feed_forward.w2",
+            "noise_refiner.0.feed_forward.w3": "noise_refiner.0.feed_forward.w3",
+            "lora_unet_context_refiner_0_attention_qkv": "context_refiner.0.attention.qkv",
+        },
+        sliced={"diffusion_model.layers.0.attention.to_k": (WIDTH, 2 * WIDTH)},
+    ),
+    Family(
+        WAN,
+        lambda: random_wan("t2v"),
+        blocks=(2,),
+        layers=20,
+        after_gelu=2,
+        kept={"text_embedding", "time_embedding", "time_projection", "head"},
+        kinds={W4A4, W8A8},
+        lora={
+            "diffusion_model.blocks.0.self_attn.q": "blocks.0.self_attn.q",
+            "blocks.1.cross_attn.o": "blocks.1.cross_attn.o",
+            "base_model.model.blocks.1.ffn.0": "blocks.1.ffn.0",
+            "transformer.blocks.1.ffn.net.2": "blocks.1.ffn.2",
+            "transformer.blocks.0.attn2.to_k": "blocks.0.cross_attn.k",
+            "lora_unet_blocks_0_self_attn_v": "blocks.0.self_attn.v",
+        },
+        frames=3,
+    ),
+    Family(
+        WAN_I2V,
+        lambda: random_wan("i2v", 36),
+        blocks=(2,),
+        layers=24,
+        after_gelu=2,
+        kept={"text_embedding", "time_embedding", "time_projection", "head", "img_emb"},
+        kinds={W4A4, W8A8},
+        lora={
+            "blocks.0.cross_attn.v_img": "blocks.0.cross_attn.v_img",
+            "transformer.blocks.0.attn2.add_k_proj": "blocks.0.cross_attn.k_img",
+        },
+        frames=3,
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.recipe.name)
+def family(request, host):
+    with read_widths():
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def files(host, family, tmp_path_factory) -> dict[str, Path]:
+    """A random model, and what the quantizer makes of it after ComfyUI has sampled with it."""
+    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning
+    from comfyui_svdquant.svdq_core.host.model import ModelSource
+    from comfyui_svdquant.svdq_core.host.quantize import quantize_model
+    from comfyui_svdquant.svdq_core.quantize import Job
+
+    folder = tmp_path_factory.mktemp(family.recipe.name)
+    found = {form: folder / f"{form}.safetensors" for form in ("bf16", "int4")}
+    save_file(family.make(), found["bf16"])
+    source = ModelSource(host.sd.load_diffusion_model(str(found["bf16"])))
+    prompts, settings = [blank_conditioning(source, i) for i in range(2)], CalibrationSettings(steps=2, size=64)
+    events: list[dict[str, Any]] = []
+    report = quantize_model(source, prompts, found["int4"], Job("int4", "fast", 16), settings, events.append)
+    assert len(report.layers) == family.layers and report.mean_error_db < -12
+    assert any(event.get("preview") for event in events), "pictures of the calibration"
+    return found
+
+
+def test_what_is_quantized(family):
+    sd = family.make()
+    recipe, groups = plan_model({key: tuple(t.shape) for key, t in sd.items()}, "m")
+    assert recipe is family.recipe and {g.kind for g in groups} == family.kinds
+    assert sum(len(g.names) for g in groups if g.after_gelu) == family.after_gelu
+    quantized = {f"{name}.weight" for g in groups for name in g.names}
+    kept = {key for key, t in sd.items() if t.dim() == 2 and key.endswith(".weight") and key not in quantized}
+    assert len(quantized) == family.layers and {key.split(".")[0] for key in kept} == family.kept
+
+
+def test_what_a_file_is(family, files):
+    info = describe_file(files["int4"])
+    assert info.text.startswith(f"an SVDQuant file of {family.recipe.title} (") and info.kind == "svdquant"
+    assert (info.details["release"], info.details["blocks"]) == (None, family.blocks)
+    assert info.details["width"] == WIDTH
+    assert describe_file(files["bf16"]).text == f"a 16-bit diffusion model ({family.recipe.title})"
+
+
+def test_what_is_not_quantized_is_as_it_was(family, files):
+    layers = small_flux.quantized_layers(files["int4"])
+    wanted, found = (
+        {key.replace(".scale", ".weight"): t for key, t in sd.items() if key.rpartition(".")[0] not in layers}
+        for sd in (family.make(), read_checkpoint(files["int4"])[0])
+    )
+    assert wanted.keys() == found.keys()
+    for key, tensor in wanted.items():
+        assert torch.equal(found[key], tensor.to(found[key].dtype)), key
+
+
+def sampled(model: Any, family: Family) -> Tensor:
+    return sample(model, latent=torch.zeros(1, 16, family.frames, 8, 8) if family.frames > 1 else None)
+
+
+def test_samples(host, family, files):
+    """What the file says, to the last bits, and near the model that it was made from, as far as random ones are."""
+    found = sampled(load(files["int4"], torch.float32), family)
+    assert_same(found, sampled(small_flux.twin(files["bf16"], files["int4"]), family))
+    assert -60 < error_db(found, sampled(host.sd.load_diffusion_model(str(files["bf16"])), family)) < -5
+
+
+def test_lora(host, family, files, tmp_path):
+    """In every dialect that trainers write: on the branch, and for a layer that stays in 16 bit as ComfyUI does it."""
+    from comfyui_svdquant.svdq_core.host.lora import add_lora
+    from comfyui_svdquant.svdq_core.host.preview import preview_lora
+
+    generator, tensors, file = torch.Generator().manual_seed(1), {}, tmp_path / "lora.safetensors"
+    layers, shapes = small_flux.quantized_layers(files["int4"]), {k: t.shape for k, t in family.make().items()}
+    for key, name in family.lora.items():
+        n, k = shapes[f"{name}.weight"]
+        first, last = family.sliced.get(key, (0, n))
+        down, up = torch.randn(4, k, generator=generator) / k**0.5, torch.zeros(n, 4)
+        up[first:last] = torch.randn(last - first, 4, generator=generator)
+        ends = ("lora_down", "lora_up") if key.startswith("lora_unet") else ("lora_A", "lora_B")
+        tensors |= {f"{key}.{ends[0]}.weight": down, f"{key}.{ends[1]}.weight": up[first:last].contiguous()}
+        if name in layers and layers[name].proj_up is not None:
+            layers[name] = layers[name].widened(up, down)
+        elif name in layers:
+            layers[name] = with_update(layers[name], up @ down)
+    save_file(tensors, file)
+    twin = small_flux.computing(small_flux.twin(files["bf16"], files["int4"]), layers)
+    model = load(files["int4"], torch.float32)
+    plain, with_lora = sampled(model, family), model.clone()
+    report = add_lora(with_lora, file, 1.0, 16)
+    assert (report.unused, report.in_16_bit, report.keys) == ([], [], len(tensors))
+    assert preview_lora(file, files["int4"])[0].keys == len(tensors)
+    add_lora(twin, file, 1.0, 16)  # for layers that are in 16 bit; the others' forward is the layer's
+    assert_same(sampled(with_lora, family), sampled(twin, family))
+    assert error_db(sampled(with_lora, family), plain) > -25
+
+
+def with_update(layer: Any, update: Tensor) -> Any:
+    """A layer without a branch, and what a LoRA adds to it."""
+
+    class Updated:
+        def forward(self, x: Tensor) -> Tensor:
+            return layer.forward(x) + torch.nn.functional.linear(x, update.to(x.dtype))
+
+    return Updated()
+
+
+# ---- on a running ComfyUI ------------------------------------------------------------------------------------
+
+TEMPLATES = {"qwen_image": "text_to_image_qwen_image", "z_image": "text_to_image_z_image", "wan": "text_to_video_wan"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_quantize_and_the_template(server: ComfyServer, host, tmp_path, name):
+    """Quantized with nothing but the model connected; then the template, all but its text encoder and VAE."""
+    family = next(family for family in FAMILIES if family.recipe.name == name)
+    save_file(family.make(), tmp_path / f"{name}_bf16.safetensors")
+    server.add_model(tmp_path / f"{name}_bf16.safetensors")
+    server.run(graph(f"{name}_bf16", file_name=f"{name}_int4", size=64, max_prompts=2))
+    facts = server.get(f"/svdquant/file?name={name}_int4.safetensors")
+    assert (facts["model"], facts["blocks"], facts["ranks"]) == (family.recipe.title, [*family.blocks], [16])
+    nodes = to_prompt(
+        json.loads((ROOT / "workflows" / f"{TEMPLATES[name]}.json").read_text("utf-8")), server.get("/object_info")
+    )
+    for id, node in [*nodes.items()]:
+        inputs = node["inputs"]
+        if node["class_type"] in ("CLIPLoader", "VAELoader", "CreateVideo", "SaveImage", "SaveVideo"):
+            del nodes[id]
+        elif node["class_type"] == "CLIPTextEncode":
+            nodes[id] = {"class_type": "SVDQuantTestText", "inputs": {"width": TEXT, "seed": int(id)}}
+        elif node["class_type"] == "VAEDecode":
+            nodes["save"] = {
+                "class_type": "SaveLatent",
+                "inputs": {"samples": inputs["samples"], "filename_prefix": name},
+            }
+            del nodes[id]
+        inputs |= {key: value for key, value in SMALL.items() if key in inputs}
+        if "unet_name" in inputs:
+            inputs["unet_name"] = f"{name}_int4.safetensors"
+    found = run(server, nodes)
+    assert found.shape == (1, 16, *([] if name == "z_image" else [family.frames]), 8, 8) and 0.1 < found.std() < 20
+
+
+SMALL = {"width": 64, "height": 64, "length": 9, "steps": 4, "end_at_step": 2, "start_at_step": 0}
+
+
+def test_z_image_in_diffusers_names(host, tmp_path):
+    """As ComfyUI's own converter reads them."""
+    import comfy.model_detection
+
+    sd, theirs = random_z_image(), {}
+    for key, tensor in sd.items():
+        name, _, end = key.rpartition(".")
+        template = re.sub(r"\.\d+\.", ".{i}.", name, count=1)
+        names = DIFFUSERS_Z_IMAGE.get(template, DIFFUSERS_Z_IMAGE.get(name, template))
+        number = (re.search(r"\.(\d+)\.", key) or [None, "0"])[1]
+        parts = (names,) if isinstance(names, str) else names
+        for part, rows in zip(parts, tensor.chunk(len(parts))):
+            theirs[f"{part.replace('{i}', number)}.{end}" if name else key] = rows.contiguous()
+    assert len(theirs) == len(sd) + 12 and "all_x_embedder.2-1.weight" in theirs
+    save_file(theirs, tmp_path / "z.safetensors")
+    found = read_checkpoint(tmp_path / "z.safetensors")[0]
+    wanted = comfy.model_detection.convert_diffusers_mmdit(dict(theirs), "")
+    assert found.keys() == sd.keys() == wanted.keys()
+    assert all(torch.equal(found[key], sd[key]) and torch.equal(wanted[key], sd[key]) for key in sd)
