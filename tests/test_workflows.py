@@ -18,8 +18,9 @@ from host.workflow import NOTES, input_specs, is_widget, saved_values, to_prompt
 FOLDER = ROOT / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 PACK = "ComfyUI-SVDQuant"  # the folder that the server's fixture gives the plugin
-# The demo model has no Redux or ControlNet to go with it; FLUX.2's is run by test_flux2.py, up to the VAE.
-RUN_BY_DEMO = [name for name in NAMES if name not in ("redux", "controlnet", "text_to_image_flux2")]
+# The demo model has no Redux or ControlNet to go with it; other models' are run by test_families.py, up to the VAE.
+OTHER_MODELS = {"text_to_image_flux2", "text_to_image_qwen_image", "text_to_image_z_image", "text_to_video_wan"}
+RUN_BY_DEMO = [name for name in NAMES if name not in ("redux", "controlnet", *OTHER_MODELS)]
 HANGS_ON_MODELS = {"unet_name", "clip_name1", "clip_name2", "vae_name", "clip_name", "style_model_name"}
 HANGS_ON_MODELS |= {"control_net_name"}
 
@@ -54,7 +55,7 @@ def test_every_use_has_its_workflow():
         "text_to_image",
         "text_to_image_schnell",
         "text_to_image_lora",
-        "text_to_image_flux2",
+        *OTHER_MODELS,
         "image_to_image",
         "inpaint_fill",
         "kontext_edit",
@@ -121,6 +122,7 @@ def allowed(key: str, value: object, spec: list) -> bool:
     options = spec[1] if len(spec) > 1 else {}
     choices = spec[0] if isinstance(spec[0], list) else options.get("options")
     if choices is not None:
+        choices = [choice["key"] if isinstance(choice, dict) else choice for choice in choices]
         return value in choices or (key in HANGS_ON_MODELS and str(value).endswith(".safetensors"))
     if isinstance(value, int | float) and not isinstance(value, bool):
         return options.get("min", value) <= value <= options.get("max", value)

@@ -1,7 +1,7 @@
 """Makes the pictures that ComfyUI's template browser shows of the workflows: `workflows/<name>.jpg`.
 
 The workflows are run in a real ComfyUI with the demo model where its weights will do. Kontext, Redux, ControlNet and
-FLUX.2 need weights that the demo does not have: their pictures show the workflow on the canvas.
+models other than FLUX.1 need weights that the demo does not have: their pictures show the workflow on the canvas.
 
     .venv/bin/python examples/demo/thumbnails.py
 """
@@ -27,6 +27,9 @@ FRAMED = {
     "redux": ("LoadImage", "CLIPVisionEncode", "StyleModelLoader", "CLIPTextEncode", "StyleModelApply"),
     "controlnet": ("LoadImage", "Canny", "PreviewImage", "ControlNetLoader"),
     "text_to_image_flux2": ("CLIPTextEncode", "Flux2Scheduler", "CFGGuider", "RandomNoise", "SamplerCustomAdvanced"),
+    "text_to_image_qwen_image": ("CLIPTextEncode", "EmptySD3LatentImage", "ModelSamplingAuraFlow", "KSampler"),
+    "text_to_image_z_image": ("CLIPTextEncode", "EmptySD3LatentImage", "ModelSamplingAuraFlow", "KSampler"),
+    "text_to_video_wan": ("CLIPTextEncode", "EmptyHunyuanLatentVideo", "ModelSamplingSD3", "KSamplerAdvanced"),
 }
 FILES = {
     "style_models": "flux1-redux-dev.safetensors",
