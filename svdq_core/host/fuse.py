@@ -34,11 +34,11 @@ class FusedMLP(nn.Module):
         first, between, second = children
         return first, second, (between,)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Any) -> Any:
         comfyuis: Any = super().forward
         first, second, between = self.parts()
         if not (backends.may_fuse(x) and alone(first, x) and alone(second, x) and all(map(unhooked, between))):
-            return comfyuis(x, *args, **kwargs)
+            return comfyuis(x)
         run_every_op()
         activations = first.weight._params.activations
         return backends.mlp(x, adapted(first, x), adapted(second, x), activations)
@@ -132,7 +132,7 @@ def fuse(model: nn.Module) -> None:
             first, between, second = module
             if isinstance(first, Linear) and isinstance(second, Linear) and is_gelu(between):
                 module.__class__ = MLP
-        if type(module) is qwen.FeedForward and module.net[0].approximate == "tanh":
+        if type(module) is qwen.FeedForward:
             module.__class__ = FeedForward
         block = BLOCKS.get(type(module))
         if block is not None and backends.on_gpu():
