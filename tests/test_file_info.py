@@ -45,7 +45,8 @@ def test_facts_of_a_quantized_file(small_flux_files, fmt):
     [(64, True, "dev, Krea or Kontext"), (64, False, "schnell"), (384, True, "Fill"), (128, True, "Depth or Canny")],
 )
 def test_releases_of_flux(channels, guidance, release):
-    shapes = {"img_in.weight": (3072, channels)} | ({"guidance_in.in_layer.weight": (3072, 256)} if guidance else {})
+    shapes = {"img_in.weight": (3072, channels), "txt_in.weight": (3072, 4096)}
+    shapes |= {"guidance_in.in_layer.weight": (3072, 256)} if guidance else {}
     shapes |= {f"double_blocks.{i}.img_attn.qkv.weight": (9216, 3072) for i in range(19)}
     shapes |= {f"single_blocks.{i}.linear1.weight": (21504, 3072) for i in range(38)}
     assert facts_of(shapes, FLUX)["release"] == release
