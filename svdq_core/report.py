@@ -6,7 +6,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, TOP, BOTTOM, LEFT = 1024, 56, 64, 64
-COLOURS = {"w4a4": (74, 144, 226), "w8a8": (74, 144, 226), "w4a16": (155, 155, 155)}
+COLOURS = {"w4a4": (74, 144, 226), "w8a8": (63, 166, 107), "w4a16": (155, 155, 155)}
+LEGEND = {"w4a4": "blue: weights and activations", "w8a8": "green: 8 bit", "w4a16": "grey: 4-bit weights only"}
 INK, GRID = (40, 40, 40), (225, 225, 225)
 
 
@@ -39,8 +40,9 @@ def error_chart(layers: list[dict[str, Any]], title: str, height: int = 420) -> 
             draw.line((x - step * 0.1, y_of(floor), x - step * 0.1, y_of(floor) + 6), INK)
             draw.text((x, y_of(floor) + 8), head.replace("_blocks", ""), INK, small)
         block = head
-    legend = "blue: 4-bit weights and activations   grey: 4-bit weights only (modulation)   lower is better"
-    draw.text((LEFT, height - 24), legend, INK, small)
+    kinds = {layer["kind"] for layer in layers}
+    legend = [text for kind, text in LEGEND.items() if kind in kinds]
+    draw.text((LEFT, height - 24), "   ".join([*legend, "lower is better"]), INK, small)
     return image
 
 

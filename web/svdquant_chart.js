@@ -48,7 +48,7 @@ export class ErrorChart {
 
   #add(layer) {
     const bar = element("div", {
-      className: `svdq-bar ${layer.kind === "w4a16" ? "svdq-w4a16" : ""} ${layer.kept ? "svdq-kept" : ""}`,
+      className: `svdq-bar svdq-${layer.kind} ${layer.kept ? "svdq-kept" : ""}`,
       role: "listitem",
       tabIndex: this.items.length ? -1 : 0,
       "aria-label": `${layer.name}: ${factsOf(layer)}`,

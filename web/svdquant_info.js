@@ -176,7 +176,7 @@ function showModel(info) {
     element("div", { className: "svdqi-head" },
       element("b", {}, titleOf(info)),
       element("span", {}, [info.format, rankOf(info.ranks), info.preset && `preset ${info.preset}`].filter(Boolean).join(", "))),
-    ...(info.layers ? [miniChart(info.layers), text("error of every layer (amber: weights only)", "svdqi-legend")] : []),
+    ...(info.layers ? [miniChart(info.layers), text(legendOf(info.layers), "svdqi-legend")] : []),
     facts,
   ]; // prettier-ignore
 }
@@ -203,6 +203,12 @@ function calibrationOf(calibration) {
   return `${prompts} ${prompts === 1 ? "prompt" : "prompts"} of ${steps} ${steps === 1 ? "step" : "steps"}, ${size} pixels`;
 }
 
+function legendOf(layers) {
+  const others = [["w8a8", "green: 8 bit"], ["w4a16", "amber: weights only"]];
+  const told = others.filter(([kind]) => layers.some((layer) => layer.kind === kind)).map(([, words]) => words);
+  return `error of every layer${told.length ? ` (${told.join(", ")})` : ""}`;
+}
+
 /** The error of every layer as thin bars, in the model's order; shorter is better. */
 function miniChart(layers) {
   const svg = document.createElementNS(SVG, "svg");
@@ -214,12 +220,12 @@ function miniChart(layers) {
   svg.setAttribute("class", "svdqi-chart");
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", `Error of ${layers.length} layers, ${decibels(Math.min(...errors))} to ${decibels(Math.max(...errors))}`);
-  for (const weightsOnly of [false, true]) {
+  for (const colour of ["w4a4", "w8a8", "w4a16"]) {
     const path = document.createElementNS(SVG, "path");
     const bars = layers.map(({ kind, error_db }, i) =>
-      (kind === "w4a16") === weightsOnly ? `M${i + 0.1} 1V${1 - (error_db - floor) / span}H${i + 0.9}V1Z` : "");
+      kind === colour ? `M${i + 0.1} 1V${1 - (error_db - floor) / span}H${i + 0.9}V1Z` : "");
     path.setAttribute("d", bars.join(""));
-    if (weightsOnly) path.setAttribute("class", "svdqi-w4a16");
+    path.setAttribute("class", `svdqi-${colour}`);
     svg.append(path);
   }
   return svg;

@@ -3,7 +3,7 @@
 import { api } from "../../scripts/api.js";
 
 const STAGES = ["start", "calibrate", "hash", "skip", "solve", "write", "done", "stopped"];
-const WEIGHTS_ONLY = "w4a16";
+const CHOSEN = "w4a4"; // layers in the format of the run
 
 export class Run {
   /** From a run's `start` event. */
@@ -11,6 +11,7 @@ export class Run {
     Object.assign(this, { prompt_id, node, workflow, file, format, preset, rank, started: time, seq: -1 });
     this.stage = "start";
     this.layers = [];
+    this.kinds = new Set();
     this.skipped = [];
     this.pictures = []; // by prompt, one each
     this.errors = 0; // the sum of those that count for the mean
@@ -56,8 +57,9 @@ export class Run {
 
   #add(layer) {
     this.layers.push(layer);
+    this.kinds.add(layer.kind);
     if (!this.worst || layer.error_db > this.worst.error_db) this.worst = layer;
-    if (layer.kind !== WEIGHTS_ONLY) {
+    if (layer.kind === CHOSEN) {
       this.errors += layer.error_db;
       this.counted += 1;
     }

@@ -137,16 +137,17 @@ export class PanelView {
   #showLayers(run) {
     this.errors.hidden = this.chart.detail.hidden = !run.layers.length;
     if (!run.layers.length) return;
-    const fresh = !this.chart.items.length;
     this.chart.update(run.layers, run.total, run.over);
-    if (fresh || this.legend.dataset.kept !== String(Boolean(run.kept))) this.#showLegend(run);
+    this.#showLegend(run);
   }
 
   #showLegend(run) {
-    const entry = (kind, text) => element("span", { className: `svdq-${kind}` }, text);
-    this.legend.dataset.kept = Boolean(run.kept);
-    this.legend.replaceChildren(entry("w4a4", run.format), entry("w4a16", "weights only"));
-    if (run.kept) this.legend.append(entry("kept", "kept"));
+    const entries = { w4a4: run.format, w8a8: "8 bit", w4a16: "weights only", kept: "kept" };
+    const shown = Object.keys(entries).filter((kind) => (kind === "kept" ? run.kept : run.kinds.has(kind)));
+    const texts = shown.map((kind) => entries[kind]);
+    if (this.legend.dataset.shown === texts.join()) return;
+    this.legend.dataset.shown = texts.join();
+    this.legend.replaceChildren(...shown.map((kind) => element("span", { className: `svdq-${kind}` }, entries[kind])));
   }
 
   #showStats(run) {
