@@ -14,6 +14,8 @@ from typing import Any
 # Some tests want the same bits from two ways of computing one thing. MKL, which reads this when torch is imported,
 # otherwise adds in an order that depends on where in memory a matrix lies.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+# Two tests run at a time, on models too small to share: threads that wait for each other took half of two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -256,13 +256,13 @@ print(peak // 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from Linux's /proc")
 def test_memory_follows_one_layer_not_the_model(tmp_path):
-    """Eight blocks must not need more than two: weights, samples and results all stream (docs/memory.md).
+    """Four blocks must not need more than one: weights, samples and results all stream (docs/memory.md).
 
-    Memory-mapped files do not count, as the system can drop their pages; the six extra blocks would be 38 MiB of
-    16-bit weights and 12 MiB of results if they were kept.
+    Memory-mapped files do not count, as the system can drop their pages; the three extra blocks would be 22 MiB of
+    16-bit weights and 6 MiB of results if they were kept.
     """
     peaks = []
-    for single in (2, 8):
+    for single in (1, 4):
         sd = random_flux(hidden=512, single=single)
         save_file(sd, tmp_path / "m.safetensors")
         save_file(activations(sd, tokens=128), tmp_path / "c.safetensors")
