@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .dialects import to_comfy_names
+from .dialects import strip_prefix, to_comfy_names
 from .errors import SVDQuantError
 from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
+from .nunchaku_files import family_in, is_nunchaku, refusal
 from .recipes import facts_of, family_of, match_recipe, plan
 
 TOOL = "comfyui-svdquant 0.2.0"
@@ -140,21 +141,25 @@ def describe_file(path: str | os.PathLike[str]) -> FileInfo:
     """Say what a model file is from its header alone; :class:`SVDQuantError` if it cannot be read at all."""
     path = Path(path)
     tensors, metadata = read_header(path)
+    details: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(tensors)}
+    maker = ", made by Nunchaku" if is_nunchaku(tensors) else ""
+    if maker:
+        if family_in(inner := strip_prefix(tensors)) is None:
+            hint = "Nunchaku's own loader, or quantize the 16-bit model here"
+            return FileInfo("nunchaku", refusal(inner), hint, details)
+        tensors = to_comfy_names(tensors, str(path))
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     layers = [k.removesuffix("comfy_quant") for k in tensors if k.endswith(".comfy_quant")]
-    details: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(tensors)}
     try:
         formats = sorted({str(layer_config(tensors, layer).get("format")) for layer in layers})
         if any(by_disk_name(f) for f in formats):
             info, recipe = quantization_info(metadata), family_title(tensors)
             details |= {"formats": formats, "layers": len(layers), "svdquant": info, "model": recipe}
             details |= model_facts(to_comfy_names(tensors, str(path)))
-            text = f"an SVDQuant file of {recipe} ({', '.join(formats)})"
+            text = f"an SVDQuant file of {recipe} ({', '.join(formats)}){maker}"
             return FileInfo("svdquant", text, "SVDQuant Loader", details)
     except SVDQuantError as error:
         raise SVDQuantError(f"{path}: {error}") from None
-    if any(k.endswith(".qweight") and k.replace(".qweight", ".wscales") in shapes for k in tensors):
-        return FileInfo("nunchaku", "a Nunchaku file, packed for its own kernels", "Nunchaku's loader", details)
     dtypes = {DTYPES[t.dtype] for t in tensors.values()}
     kind, text, hint = classify(list(tensors), shapes, dtypes, bool(layers))
     return FileInfo(kind, text, hint, details)

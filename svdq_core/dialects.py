@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import SVDQuantError
+from .nunchaku_files import from_nunchaku_model, is_nunchaku
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
 TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
@@ -86,7 +87,7 @@ DIFFUSERS_Z_IMAGE: Names = {
     for name, names in Z_IMAGE_ATTENTION.items()
 }
 DIFFUSERS_BY_KEY = (
-    ("noise_refiner.0.attention.to_q.weight", DIFFUSERS_Z_IMAGE),
+    ("noise_refiner.0.attention.norm_q.weight", DIFFUSERS_Z_IMAGE),
     ("double_stream_modulation_img.linear.weight", DIFFUSERS_FLUX2),
     ("distilled_guidance_layer.in_proj.weight", DIFFUSERS_CHROMA),
     ("x_embedder.weight", DIFFUSERS_FLUX),
@@ -96,7 +97,9 @@ DIFFUSERS_BY_KEY = (
 def to_comfy_names(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """A state dict in ComfyUI's names and the natural layout; unknown keys are kept as they are."""
     sd = strip_prefix(sd)
-    if any(key in sd for key in ("transformer_blocks.0.attn.to_q.weight", "noise_refiner.0.attention.to_q.weight")):
+    if is_nunchaku(sd):
+        sd = from_nunchaku_model(sd, where)
+    if any(key in sd for key in ("transformer_blocks.0.attn.to_q.weight", "noise_refiner.0.attention.norm_q.weight")):
         names = next((names for key, names in DIFFUSERS_BY_KEY if key in sd), None)
         sd = sd if names is None else from_diffusers(sd, names, where)
     renamed = {re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", key): t for key, t in sd.items()}

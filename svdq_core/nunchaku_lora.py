@@ -9,6 +9,7 @@ from torch import Tensor
 from .dialects import DIFFUSERS_FLUX, SCALE_AND_SHIFT, swap_halves
 from .errors import SVDQuantError
 from .lora_checks import check_parts, wrong_shape
+from .nunchaku_files import untile
 
 # Nunchaku splits linear1 by rows and linear2 by columns; every other layer is one of BFL's.
 NUNCHAKU = re.compile(
@@ -127,18 +128,6 @@ def nunchaku_pair(tensors: Mapping[str, Tensor], prefix: str, layer: str, where:
         down, up = untile(down).t()[NUNCHAKU_RANK:], untile(up, transposed=True)[:, NUNCHAKU_RANK:]
     used = (down != 0).any(dim=1) & (up != 0).any(dim=0)
     return down[used].contiguous(), up[:, used].contiguous()
-
-
-def untile(packed: Tensor, transposed: bool = False) -> Tensor:
-    """Nunchaku's packed ``(C, R)`` in plain order: tiles of 16×16 in the order of a 16-bit tensor-core operand.
-
-    In memory a tile is ``[8][4][2][2][2]``: row % 8, column // 2 % 4, row // 8, column // 8, column % 2, where rows
-    are ranks and columns channels. In ``transposed`` tiles (the up half) rows are channels and columns ranks.
-    """
-    channels, rank = packed.shape
-    tiles = packed.reshape(channels // 16, rank // 16, 8, 4, 2, 2, 2)
-    order = (0, 4, 2, 1, 5, 3, 6) if transposed else (0, 5, 3, 6, 1, 4, 2)
-    return tiles.permute(order).reshape(channels, rank)
 
 
 def stack(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,340 @@
+"""Model files that Nunchaku or DeepCompressor wrote, packed for Nunchaku's kernels, as this format's tensors.
+
+Shapes: ``N`` out_features, ``K`` in_features, ``R`` rank, ``G`` group size, ``P`` linears that the file has as one.
+N and K are multiples of 128 (the kernels' tiles), R of 16. Codes, scales and branches are moved, none is rounded again.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import SVDQuantError
+from .formats import AWQ, NVFP4, get_format
+from .formats.int4 import FLOATS
+from .linear import QuantizedLinear
+from .recipes import QWEN_IMAGE, W4A16, Z_IMAGE, Recipe, Rule
+
+TILE = 128  # output rows of a packed tile, and entries of a packed vector
+HALVES = (torch.bfloat16, torch.float16)
+E4M3 = (torch.float8_e4m3fn,)
+UNUSED = ("smooth_factor_orig",)  # the λ before it was multiplied into a layer in front
+VECTORS, SCALES = 6, (1, 4)  # a modulation's shift, scale and gate, twice; to its scales 1 is added
+OTHER = "a Nunchaku file, packed for its own kernels"
+INSTEAD = "Use Nunchaku's own loader, or quantize the 16-bit model with SVDQuant Quantize."
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model as Nunchaku has it. ``key`` is in every file of it and in no other family's.
+
+    ``names`` are the layers that ComfyUI calls otherwise; several names share the rows equally, in that order.
+    """
+
+    recipe: Recipe
+    key: str
+    names: dict[str, tuple[str, ...]]
+
+    def targets(self, layer: str) -> tuple[str, ...]:
+        """ComfyUI's names of a layer."""
+        for source, names in self.names.items():
+            if layer.endswith(f".{source}"):
+                return tuple(layer.removesuffix(source) + name for name in names)
+        return (layer,)
+
+    def rule(self, name: str) -> Rule | None:
+        """The recipe's rule for one of ComfyUI's names."""
+        return next((rule for rule in self.recipe.rules if rule.matches(name)), None)
+
+
+FAMILIES = (
+    Family(
+        QWEN_IMAGE,
+        "transformer_blocks.0.img_mod.1.qweight",
+        {
+            "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        },
+    ),
+    Family(
+        Z_IMAGE,
+        "layers.0.attention.to_qkv.qweight",
+        {
+            "attention.to_qkv": ("attention.qkv",),
+            "attention.to_out.0": ("attention.out",),
+            "feed_forward.net.0.proj": ("feed_forward.w3", "feed_forward.w1"),  # diffusers' SwiGLU: value, then gate
+            "feed_forward.net.2": ("feed_forward.w2",),
+        },
+    ),
+)
+
+
+def is_nunchaku(keys: Collection[str]) -> bool:
+    """Whether a state dict is of a model in Nunchaku's format."""
+    return any(key.endswith(".qweight") and key.replace(".qweight", ".wscales") in keys for key in keys)
+
+
+def family_in(keys: Collection[str]) -> Family | None:
+    """The family of a Nunchaku file, if it is one that can be read."""
+    return next((family for family in FAMILIES if family.key in keys), None)
+
+
+def refusal(keys: Collection[str]) -> str:
+    """What a Nunchaku file of no family here is, and why it is not read."""
+    if any(key.startswith("single_transformer_blocks.") for key in keys):
+        return (
+            f"{OTHER} (FLUX.1: ComfyUI's linear2 is two layers there, whose inputs are rounded to two grids in INT4 "
+            "and whose tensor scales differ in NVFP4)"
+        )
+    return f"{OTHER} (only {' and '.join(family.recipe.title for family in FAMILIES)} are read)"
+
+
+def from_nunchaku_model(sd: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The quantized layers in this format, and what is named like them, under ComfyUI's names; the rest as it is.
+
+    Tensors may be on the meta device: then only shapes and dtypes are checked.
+    """
+    family = family_in(sd)
+    if family is None:
+        raise SVDQuantError(f"{where}: {refusal(sd)}. {INSTEAD}")
+    layers = [key.removesuffix(".qweight") for key in sd if key.endswith(".qweight")]
+    packed = {layer: Packed({}, f"{layer}.", where) for layer in layers}
+    out: dict[str, Tensor] = {}
+    for key, tensor in sd.items():
+        layer, _, name = key.rpartition(".")
+        if layer in packed:
+            packed[layer].tensors[name] = tensor
+            continue
+        targets = family.targets(layer)
+        for target, rows in zip(targets, tensor.chunk(len(targets)) if len(targets) > 1 else (tensor,)):
+            out[f"{target}.{name}" if target else key] = rows
+    for layer, part in packed.items():
+        out |= read_layer(part, family, family.targets(layer))
+    return out
+
+
+@dataclass
+class Packed:
+    """A layer's tensors by the last part of their names; they are taken out one by one, each checked."""
+
+    tensors: dict[str, Tensor]
+    prefix: str
+    where: str
+
+    def take(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+        tensor = self.tensors.pop(name, None)
+        wanted = f"expected shape {shape} of {' or '.join(map(plain_name, dtypes))}"
+        if tensor is None:
+            raise self.error(name, f"missing ({wanted}). The file is incomplete; download it again.")
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            raise self.error(name, f"{wanted}, found {tuple(tensor.shape)} of {plain_name(tensor.dtype)}.")
+        return tensor
+
+    def maybe(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
+        return self.take(name, shape, dtypes) if name in self.tensors else None
+
+    def finish(self) -> None:
+        """Raise for tensors that nobody took."""
+        if rest := [name for name in self.tensors if name not in UNUSED]:
+            shape = tuple(self.tensors[rest[0]].shape)
+            raise self.error(rest[0], f"unexpected in such a layer (shape {shape}). {INSTEAD}")
+
+    def error(self, name: str, problem: str) -> SVDQuantError:
+        return SVDQuantError(f"{self.where}: {self.prefix}{name}: {problem}")
+
+
+def plain_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_layer(packed: Packed, family: Family, targets: tuple[str, ...]) -> dict[str, Tensor]:
+    """The on-disk tensors of one of Nunchaku's layers, by ComfyUI's names."""
+    rule = family.rule(targets[0])
+    if rule is None:
+        raise packed.error("qweight", f"{family.recipe.title} has no 4-bit layer of that name. {INSTEAD}")
+    if rule.kind == W4A16:
+        linears = [read_modulation(packed)]
+    else:
+        linears = read_w4a4(packed, len(targets), rule.after_gelu)
+    packed.finish()
+    out: dict[str, Tensor] = {}
+    for target, linear in zip(targets, linears):
+        out |= linear.state_dict(target)
+    return out
+
+
+def read_w4a4(packed: Packed, parts: int, after_gelu: bool) -> list[QuantizedLinear]:
+    """P linears that read the same input from one packed layer, INT4 or NVFP4.
+
+    The bias already subtracts what the shift of an unsigned layer adds, and the branch reads the raw input, as here.
+    """
+    n, k = check_codes(packed, parts)
+    fp4 = "wscales" in packed.tensors and packed.tensors["wscales"].dtype in E4M3
+    fmt = get_format("nvfp4" if fp4 else "int4")
+    codes = unpack_codes(packed.take("qweight", (n, k // 2), (torch.int8,)))
+    extra: list[dict[str, Tensor]] = [{}] * parts
+    if isinstance(fmt, NVFP4):
+        codes, extra = codes.view(torch.uint8), [{"weight_scale_2": t} for t in tensor_scales(packed, n, parts)]
+        scales = unpack_micro_scales(packed.take("wscales", (k // 16, n), E4M3)).chunk(parts)
+    else:
+        scales = unpack_scales(packed.take("wscales", (k // 64, n), HALVES)).chunk(parts, dim=1)
+    smooth = unpack_vector(packed.take("smooth_factor", (k,), HALVES))
+    down, up = unpack_branch(packed, n, k)
+    bias = packed.maybe("bias", (n,), HALVES)
+    biases = [None] * parts if bias is None else unpack_vector(bias).chunk(parts)
+    return [
+        QuantizedLinear(
+            fmt,
+            {"weight": weight, "weight_scale": scales[i]} | extra[i],
+            smooth.clone(),  # layers share no memory: safetensors would not save them
+            down.clone(),
+            up.chunk(parts)[i],
+            biases[i],
+            act_unsigned=after_gelu and fmt.has_unsigned,
+        )
+        for i, weight in enumerate(codes.chunk(parts))
+    ]
+
+
+def check_codes(packed: Packed, parts: int) -> tuple[int, int]:
+    """(N, K) of a packed 4-bit layer."""
+    codes = packed.tensors["qweight"]
+    if codes.dim() != 2 or codes.shape[0] % TILE or 2 * codes.shape[1] % TILE or codes.shape[0] % parts:
+        split = f" that {parts} layers share equally" if parts > 1 else ""
+        raise packed.error(
+            "qweight",
+            f"expected (N, K/2) with multiples of {TILE} for N and K{split}, found shape {tuple(codes.shape)}.",
+        )
+    return codes.shape[0], 2 * codes.shape[1]
+
+
+def tensor_scales(packed: Packed, n: int, parts: int) -> list[Tensor]:
+    """P float32 scalars from ``wtscale`` (one number) and ``wcscales (N,)``, each of which may be absent.
+
+    Nunchaku takes a scale for every row; DeepCompressor repeats one over the rows of each linear that it joins.
+    """
+    found = packed.tensors.get("wtscale")
+    shape = () if found is not None and found.dim() == 0 else (1,)
+    whole = packed.maybe("wtscale", shape, FLOATS)
+    scale = torch.ones(()) if whole is None else whole.float().reshape(())
+    rows = packed.maybe("wcscales", (n,), HALVES)
+    if rows is None:
+        return [scale.clone() for _ in range(parts)]
+    scales = []
+    for part in unpack_vector(rows).float().chunk(parts):
+        if not part.is_meta and bool((part != part[0]).any()):
+            raise packed.error(
+                "wcscales",
+                f"expected one scale for all rows of a layer, found {len(part.unique())}, from "
+                f"{float(part.min()):.3g} to {float(part.max()):.3g}: {NVFP4.disk_name} has one tensor scale a layer. "
+                "Use the INT4 file of this model, or Nunchaku's own loader.",
+            )
+        scales.append(scale * part[0])
+    return scales
+
+
+def unpack_branch(packed: Packed, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """``proj_down (K, R)`` and ``proj_up (N, R)``."""
+    found = packed.tensors.get("proj_down")
+    rank = 32 if found is None or found.dim() != 2 else found.shape[1]
+    if rank % 16:
+        raise packed.error("proj_down", f"expected a rank that is a multiple of 16, found {rank}.")
+    down, up = packed.take("proj_down", (k, rank), HALVES), packed.take("proj_up", (n, rank), HALVES)
+    return untile(down), untile(up, transposed=True)
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """``qweight (N, K/2)`` int8 in plain order.
+
+    A tile has 128 rows and 64 columns; in memory it is ``[8][8][4][2][2]`` words: row // 16, row % 8,
+    column // 8 % 4, row // 8 % 2, column // 32. A word is 8 columns, two to a byte, the even one in the low nibble.
+    """
+    n, half = packed.shape
+    words = packed.view(torch.int32).reshape(n // TILE, half // 32, 8, 8, 4, 2, 2)
+    return words.permute(0, 2, 5, 3, 1, 6, 4).reshape(n, half // 4).view(torch.int8)
+
+
+def unpack_scales(packed: Tensor) -> Tensor:
+    """16-bit ``wscales (K/G, N)`` in plain order.
+
+    128 rows of one group follow each other as ``[8][4][2][2]``: row // 16, row // 2 % 4, row // 8 % 2, row % 2. Tiles
+    of rows come first, then groups: a packed tensor's shape tells its size only.
+    """
+    groups, n = packed.shape
+    tiles = packed.reshape(n // TILE, groups, 8, 4, 2, 2)
+    return tiles.permute(1, 0, 2, 4, 3, 5).reshape(groups, n)
+
+
+def unpack_vector(packed: Tensor) -> Tensor:
+    """A bias, a λ or scales by row ``(N,)``: packed as the scales of a single group are."""
+    return unpack_scales(packed.reshape(1, -1)).reshape(-1)
+
+
+def unpack_micro_scales(packed: Tensor) -> Tensor:
+    """e4m3 ``wscales (K/16, N)`` as ``(N, K/16)`` in plain order.
+
+    128 words of a row's four groups each follow each other as ``[8][4][4]``: row % 8, row // 8 % 4, row // 32.
+    """
+    groups, n = packed.shape
+    words = packed.view(torch.int32).reshape(n // TILE, groups // 4, 8, 4, 4)
+    return words.permute(0, 4, 3, 2, 1).reshape(n, groups // 4).view(packed.dtype)
+
+
+def untile(packed: Tensor, transposed: bool = False) -> Tensor:
+    """Half of a branch ``(C, R)`` in plain order: tiles of 16×16 in the order of a 16-bit tensor-core operand.
+
+    In memory a tile is ``[8][4][2][2][2]``: row % 8, column // 2 % 4, row // 8, column // 8, column % 2, where rows
+    are ranks and columns channels. In ``transposed`` tiles (the up half) rows are channels and columns ranks.
+    """
+    channels, rank = packed.shape
+    tiles = packed.reshape(channels // 16, rank // 16, 8, 4, 2, 2, 2)
+    order = (0, 4, 2, 1, 5, 3, 6) if transposed else (0, 5, 3, 6, 1, 4, 2)
+    return tiles.permute(order).reshape(channels, rank)
+
+
+def read_modulation(packed: Packed) -> QuantizedLinear:
+    """A W4A16 layer: Nunchaku has ``w = code * scale + zero``, outputs in the order (feature, vector) instead of
+    (vector, feature), and in the bias the 1 that the model itself adds to the scales."""
+    found = packed.tensors["qweight"]
+    if found.dim() != 2 or 4 * found.shape[0] % VECTORS or 2 * found.shape[1] % AWQ.group:
+        raise packed.error(
+            "qweight",
+            f"expected (N/4, K/2), N a multiple of {VECTORS} and K of {AWQ.group}, found shape {tuple(found.shape)}.",
+        )
+    n, k = 4 * found.shape[0], 2 * found.shape[1]
+    codes = unpack_awq_codes(packed.take("qweight", (n // 4, k // 2), (torch.int32,)))
+    scale = packed.take("wscales", (k // AWQ.group, n), HALVES)
+    zero = exactly(packed.take("wzeros", (k // AWQ.group, n), HALVES).float() + 8 * scale.float(), scale.dtype)
+    tensors = {
+        "weight": by_vector(codes),
+        "weight_scale": by_vector(scale.t()).t(),
+        "weight_zero": by_vector(zero.t()).t(),
+    }
+    bias = packed.take("bias", (n,), HALVES)
+    added = torch.zeros(VECTORS, 1, device=bias.device)
+    added[list(SCALES)] = 1
+    plain = by_vector(bias).float().reshape(VECTORS, -1) - added
+    return QuantizedLinear(get_format(AWQ.name), tensors, bias=exactly(plain.reshape(n), bias.dtype))
+
+
+def unpack_awq_codes(packed: Tensor) -> Tensor:
+    """``qweight (N/4, K/2)`` int32 in plain order: int8 ``(N, K/2)``, two codes to a byte, the even column's low.
+
+    Four rows are interleaved 64 columns at a time. Of 32 columns, 16-bit number j holds j, j + 8, j + 16 and j + 24.
+    """
+    quarter, half = packed.shape
+    even, odd = packed.view(torch.int16).reshape(quarter, half // 32, 4, 2, 4, 2).unbind(-1)
+    pairs = [((even >> shift) & 0xF | ((odd >> shift) & 0xF) << 4).to(torch.uint8) for shift in (0, 4, 8, 12)]
+    return torch.stack(pairs, dim=-2).transpose(1, 2).reshape(4 * quarter, half).view(torch.int8)
+
+
+def by_vector(rows: Tensor) -> Tensor:
+    """Rows of a modulation in the order (vector, feature)."""
+    return rows.unflatten(0, (-1, VECTORS)).transpose(0, 1).flatten(0, 1)
+
+
+def exactly(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 numbers in ``dtype`` if that holds them, else as they are."""
+    short = numbers.to(dtype)
+    return short if numbers.is_meta or torch.equal(short.float(), numbers) else numbers
