@@ -144,9 +144,9 @@ def describe_file(path: str | os.PathLike[str]) -> FileInfo:
     details: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(tensors)}
     maker = ", made by Nunchaku" if is_nunchaku(tensors) else ""
     if maker:
-        if family_in(inner := strip_prefix(tensors)) is None:
+        if family_in(strip_prefix(tensors)) is None:
             hint = "Nunchaku's own loader, or quantize the 16-bit model here"
-            return FileInfo("nunchaku", refusal(inner), hint, details)
+            return FileInfo("nunchaku", refusal(), hint, details)
         tensors = to_comfy_names(tensors, str(path))
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     layers = [k.removesuffix("comfy_quant") for k in tensors if k.endswith(".comfy_quant")]

@@ -97,9 +97,11 @@ DIFFUSERS_BY_KEY = (
 def to_comfy_names(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """A state dict in ComfyUI's names and the natural layout; unknown keys are kept as they are."""
     sd = strip_prefix(sd)
-    if is_nunchaku(sd):
+    packed = is_nunchaku(sd)
+    if packed:
         sd = from_nunchaku_model(sd, where)
-    if any(key in sd for key in ("transformer_blocks.0.attn.to_q.weight", "noise_refiner.0.attention.norm_q.weight")):
+    marks = ("transformer_blocks.0.attn.to_q.weight", "noise_refiner.0.attention.norm_q.weight")
+    if packed or any(key in sd for key in marks):
         names = next((names for key, names in DIFFUSERS_BY_KEY if key in sd), None)
         sd = sd if names is None else from_diffusers(sd, names, where)
     renamed = {re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", key): t for key, t in sd.items()}
@@ -126,7 +128,8 @@ def from_diffusers(sd: dict[str, Tensor], names: Names, where: str) -> dict[str,
     """diffusers' names of a 16-bit model; split q, k, v (and mlp) are joined."""
     out: dict[str, Tensor] = {}
     used: set[str] = set()
-    blocks = max(int(m[1]) for k in sd if (m := re.search(r"(?:transformer_blocks|layers)\.(\d+)\.", k))) + 1
+    numbers = [int(m[1]) for k in sd if (m := re.search(r"(?:transformer_blocks|layers)\.(\d+)\.", k))]
+    blocks = max(numbers, default=-1) + 1
     for target, sources in names.items():
         parts = (sources,) if isinstance(sources, str) else sources
         for i in range(blocks if "{i}" in target else 1):

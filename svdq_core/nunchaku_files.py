@@ -4,23 +4,25 @@ Shapes: ``N`` out_features, ``K`` in_features, ``R`` rank, ``G`` group size, ``P
 N and K are multiples of 128 (the kernels' tiles), R of 16. Codes, scales and branches are moved, none is rounded again.
 """
 
+import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .errors import SVDQuantError
-from .formats import AWQ, NVFP4, get_format
+from .formats import AWQ, GELU_SHIFT, NVFP4, get_format
 from .formats.int4 import FLOATS
 from .linear import QuantizedLinear
-from .recipes import QWEN_IMAGE, W4A16, Z_IMAGE, Recipe, Rule
+from .recipes import FLUX, QWEN_IMAGE, W4A16, Z_IMAGE, Recipe, Rule
 
 TILE = 128  # output rows of a packed tile, and entries of a packed vector
 HALVES = (torch.bfloat16, torch.float16)
 E4M3 = (torch.float8_e4m3fn,)
 UNUSED = ("smooth_factor_orig",)  # the λ before it was multiplied into a layer in front
-VECTORS, SCALES = 6, (1, 4)  # a modulation's shift, scale and gate, twice; to its scales 1 is added
+VECTORS = (3, 6)  # a modulation's shift, scale and gate, of which there may be two; 1 is added to the scales
+OLDER = {"lora_down": "proj_down", "lora_up": "proj_up", "smooth": "smooth_factor", "smooth_orig": "smooth_factor_orig"}
 OTHER = "a Nunchaku file, packed for its own kernels"
 INSTEAD = "Use Nunchaku's own loader, or quantize the 16-bit model with SVDQuant Quantize."
 
@@ -29,7 +31,8 @@ INSTEAD = "Use Nunchaku's own loader, or quantize the 16-bit model with SVDQuant
 class Family:
     """A model as Nunchaku has it. ``key`` is in every file of it and in no other family's.
 
-    ``names`` are the layers that ComfyUI calls otherwise; several names share the rows equally, in that order.
+    ``names`` are the layers that ComfyUI calls otherwise, ``{i}`` is the block; several names share the rows equally,
+    in that order. ``linear1:0`` is the first part of a layer that Nunchaku has in several.
     """
 
     recipe: Recipe
@@ -38,33 +41,63 @@ class Family:
 
     def targets(self, layer: str) -> tuple[str, ...]:
         """ComfyUI's names of a layer."""
-        for source, names in self.names.items():
-            if layer.endswith(f".{source}"):
-                return tuple(layer.removesuffix(source) + name for name in names)
-        return (layer,)
+        number = re.search(r"\.(\d+)\.", layer)
+        names = self.names.get(layer.replace(number[0], ".{i}.", 1)) if number else None
+        return tuple(name.replace("{i}", number[1]) for name in names) if number and names else (layer,)
 
     def rule(self, name: str) -> Rule | None:
         """The recipe's rule for one of ComfyUI's names."""
-        return next((rule for rule in self.recipe.rules if rule.matches(name)), None)
+        return next((rule for rule in self.recipe.rules if rule.matches(name.partition(":")[0])), None)
 
+
+def in_blocks(theirs: str, ours: str, names: Mapping[str, str | tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """``names`` in each block: Nunchaku's after ``theirs``, ComfyUI's after ``ours``."""
+    split = {source: (name,) if isinstance(name, str) else name for source, name in names.items()}
+    return {f"{theirs}.{{i}}.{source}": tuple(f"{ours}.{{i}}.{name}" for name in split[source]) for source in split}
+
+
+FLUX_DOUBLE = {
+    "qkv_proj": "img_attn.qkv", "out_proj": "img_attn.proj", "mlp_fc1": "img_mlp.0", "mlp_fc2": "img_mlp.2",
+    "qkv_proj_context": "txt_attn.qkv", "out_proj_context": "txt_attn.proj",
+    "mlp_context_fc1": "txt_mlp.0", "mlp_context_fc2": "txt_mlp.2",
+    "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin",
+    "norm_q": "img_attn.norm.query_norm", "norm_k": "img_attn.norm.key_norm",
+    "norm_added_q": "txt_attn.norm.query_norm", "norm_added_k": "txt_attn.norm.key_norm",
+}  # fmt: skip
+FLUX_SINGLE = {
+    "qkv_proj": "linear1:0", "mlp_fc1": "linear1:1", "out_proj": "linear2:0", "mlp_fc2": "linear2:1",
+    "norm.linear": "modulation.lin", "norm_q": "norm.query_norm", "norm_k": "norm.key_norm",
+}  # fmt: skip
+AFTER_GELU = "linear2:1"  # a part, whose rule does not tell
+QKV = {"to_qkv": ("to_q", "to_k", "to_v"), "add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj")}
+Z_IMAGE_NAMES: dict[str, str | tuple[str, ...]] = {
+    "attention.to_qkv": "attention.qkv", "attention.to_out.0": "attention.out",
+    "feed_forward.net.0.proj": ("feed_forward.w3", "feed_forward.w1"),  # diffusers' SwiGLU: value, then gate
+    "feed_forward.net.2": "feed_forward.w2",
+}  # fmt: skip
 
 FAMILIES = (
+    Family(
+        FLUX,
+        "single_transformer_blocks.0.mlp_fc1.qweight",
+        in_blocks("transformer_blocks", "double_blocks", FLUX_DOUBLE)
+        | in_blocks("single_transformer_blocks", "single_blocks", FLUX_SINGLE),
+    ),
     Family(
         QWEN_IMAGE,
         "transformer_blocks.0.img_mod.1.qweight",
         {
-            "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-            "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            f"transformer_blocks.{{i}}.attn.{source}": tuple(f"transformer_blocks.{{i}}.attn.{name}" for name in names)
+            for source, names in QKV.items()
         },
     ),
     Family(
         Z_IMAGE,
         "layers.0.attention.to_qkv.qweight",
         {
-            "attention.to_qkv": ("attention.qkv",),
-            "attention.to_out.0": ("attention.out",),
-            "feed_forward.net.0.proj": ("feed_forward.w3", "feed_forward.w1"),  # diffusers' SwiGLU: value, then gate
-            "feed_forward.net.2": ("feed_forward.w2",),
+            source: names
+            for blocks in Z_IMAGE.lists
+            for source, names in in_blocks(blocks, blocks, Z_IMAGE_NAMES).items()
         },
     ),
 )
@@ -80,14 +113,9 @@ def family_in(keys: Collection[str]) -> Family | None:
     return next((family for family in FAMILIES if family.key in keys), None)
 
 
-def refusal(keys: Collection[str]) -> str:
+def refusal() -> str:
     """What a Nunchaku file of no family here is, and why it is not read."""
-    if any(key.startswith("single_transformer_blocks.") for key in keys):
-        return (
-            f"{OTHER} (FLUX.1: ComfyUI's linear2 is two layers there, whose inputs are rounded to two grids in INT4 "
-            "and whose tensor scales differ in NVFP4)"
-        )
-    return f"{OTHER} (only {' and '.join(family.recipe.title for family in FAMILIES)} are read)"
+    return f"{OTHER} (only {', '.join(family.recipe.title for family in FAMILIES)} are read)"
 
 
 def from_nunchaku_model(sd: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -97,21 +125,88 @@ def from_nunchaku_model(sd: Mapping[str, Tensor], where: str) -> dict[str, Tenso
     """
     family = family_in(sd)
     if family is None:
-        raise SVDQuantError(f"{where}: {refusal(sd)}. {INSTEAD}")
+        raise SVDQuantError(f"{where}: {refusal()}. {INSTEAD}")
     layers = [key.removesuffix(".qweight") for key in sd if key.endswith(".qweight")]
     packed = {layer: Packed({}, f"{layer}.", where) for layer in layers}
     out: dict[str, Tensor] = {}
     for key, tensor in sd.items():
         layer, _, name = key.rpartition(".")
         if layer in packed:
-            packed[layer].tensors[name] = tensor
+            packed[layer].tensors[OLDER.get(name, name)] = tensor
             continue
         targets = family.targets(layer)
         for target, rows in zip(targets, tensor.chunk(len(targets)) if len(targets) > 1 else (tensor,)):
             out[f"{target}.{name}" if target else key] = rows
+    linears: dict[str, QuantizedLinear] = {}
     for layer, part in packed.items():
-        out |= read_layer(part, family, family.targets(layer))
+        linears |= read_layer(part, family, family.targets(layer))
+    for name, linear in joined(linears, where).items():
+        out |= linear.state_dict(name)
     return out
+
+
+def joined(linears: dict[str, QuantizedLinear], where: str) -> dict[str, QuantizedLinear]:
+    """The same layers with those of FLUX.1's that Nunchaku has in two parts as one."""
+    out = {name: linear for name, linear in linears.items() if ":" not in name}
+    for name in dict.fromkeys(name.partition(":")[0] for name in linears if ":" in name):
+        first, second = (linears.get(f"{name}:{i}") for i in range(2))
+        if first is None or second is None:
+            raise SVDQuantError(f"{where}: a part of {name} is missing. The file is incomplete; download it again.")
+        if first.fmt.name != "int4" or second.fmt.name != "int4":
+            raise SVDQuantError(
+                f"{where}: {name}: in NVFP4 its two parts have tensor scales of their own, and one layer has one. Use "
+                "the INT4 file of this model, or Nunchaku's own loader."
+            )
+        out[name] = above(first, second, f"{where}: {name}") if name.endswith("linear1") else beside(first, second)
+    return out
+
+
+def above(first: QuantizedLinear, second: QuantizedLinear, where: str) -> QuantizedLinear:
+    """One INT4 layer of two that read the same input, their outputs one after the other; exact."""
+    (smooth, down, up), (other_smooth, other_down, other_up) = map(branch_of, (first, second))
+    if not (smooth.is_meta or torch.equal(smooth, other_smooth)):
+        raise SVDQuantError(f"{where}: its two parts have different smooth factors. {INSTEAD}")
+    return replace(
+        first,
+        tensors=side_by_side(first, second, weight=0, weight_scale=1),
+        proj_down=torch.cat([down, other_down], 1),
+        proj_up=torch.block_diag(up, other_up),
+        bias=None if first.bias is None or second.bias is None else torch.cat([first.bias, second.bias]),
+    )
+
+
+def beside(first: QuantizedLinear, second: QuantizedLinear) -> QuantizedLinear:
+    """One INT4 layer of two whose outputs are added, their inputs side by side.
+
+    A layer's input is shifted as a whole or not at all: where only the second one's is, the bias takes the shift back.
+    Weights and branches are theirs; the second input is then rounded to the signed grid, as SVDQuant Quantize has it.
+    """
+    (smooth, down, up), (other_smooth, other_down, other_up) = map(branch_of, (first, second))
+    bias = torch.zeros(up.shape[0], device=up.device)
+    for layer in (first, second):
+        bias = bias if layer.bias is None else bias + layer.bias.float()
+    if second.act_unsigned:
+        residual = second.fmt.unpack(second.tensors, torch.float32) / other_smooth.float()
+        bias = bias + GELU_SHIFT * residual.sum(dim=1)
+    return replace(
+        first,
+        tensors=side_by_side(first, second, weight=1, weight_scale=0),
+        smooth_factor=torch.cat([smooth, other_smooth]),
+        proj_down=torch.block_diag(down, other_down),
+        proj_up=torch.cat([up, other_up], 1),
+        bias=bias.to(up.dtype),
+    )
+
+
+def branch_of(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
+    """λ (K,), ``proj_down (K, R)`` and ``proj_up (N, R)``, which every layer in Nunchaku's format has."""
+    assert layer.smooth_factor is not None and layer.proj_down is not None and layer.proj_up is not None
+    return layer.smooth_factor, layer.proj_down, layer.proj_up
+
+
+def side_by_side(first: QuantizedLinear, second: QuantizedLinear, **dims: int) -> dict[str, Tensor]:
+    """Codes and scales of two layers, each along its dimension."""
+    return {name: torch.cat([first.tensors[name], second.tensors[name]], dim) for name, dim in dims.items()}
 
 
 @dataclass
@@ -148,20 +243,17 @@ def plain_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_layer(packed: Packed, family: Family, targets: tuple[str, ...]) -> dict[str, Tensor]:
-    """The on-disk tensors of one of Nunchaku's layers, by ComfyUI's names."""
+def read_layer(packed: Packed, family: Family, targets: tuple[str, ...]) -> dict[str, QuantizedLinear]:
+    """One of Nunchaku's layers as ComfyUI's, by name."""
     rule = family.rule(targets[0])
     if rule is None:
         raise packed.error("qweight", f"{family.recipe.title} has no 4-bit layer of that name. {INSTEAD}")
     if rule.kind == W4A16:
         linears = [read_modulation(packed)]
     else:
-        linears = read_w4a4(packed, len(targets), rule.after_gelu)
+        linears = read_w4a4(packed, len(targets), rule.after_gelu or targets[0].endswith(AFTER_GELU))
     packed.finish()
-    out: dict[str, Tensor] = {}
-    for target, linear in zip(targets, linears):
-        out |= linear.state_dict(target)
-    return out
+    return dict(zip(targets, linears))
 
 
 def read_w4a4(packed: Packed, parts: int, after_gelu: bool) -> list[QuantizedLinear]:
@@ -296,26 +388,32 @@ def untile(packed: Tensor, transposed: bool = False) -> Tensor:
 def read_modulation(packed: Packed) -> QuantizedLinear:
     """A W4A16 layer: Nunchaku has ``w = code * scale + zero``, outputs in the order (feature, vector) instead of
     (vector, feature), and in the bias the 1 that the model itself adds to the scales."""
-    found = packed.tensors["qweight"]
-    if found.dim() != 2 or 4 * found.shape[0] % VECTORS or 2 * found.shape[1] % AWQ.group:
-        raise packed.error(
-            "qweight",
-            f"expected (N/4, K/2), N a multiple of {VECTORS} and K of {AWQ.group}, found shape {tuple(found.shape)}.",
-        )
-    n, k = 4 * found.shape[0], 2 * found.shape[1]
+    n, k, vectors = check_modulation(packed)
     codes = unpack_awq_codes(packed.take("qweight", (n // 4, k // 2), (torch.int32,)))
     scale = packed.take("wscales", (k // AWQ.group, n), HALVES)
     zero = exactly(packed.take("wzeros", (k // AWQ.group, n), HALVES).float() + 8 * scale.float(), scale.dtype)
     tensors = {
-        "weight": by_vector(codes),
-        "weight_scale": by_vector(scale.t()).t(),
-        "weight_zero": by_vector(zero.t()).t(),
+        "weight": by_vector(codes, vectors),
+        "weight_scale": by_vector(scale.t(), vectors).t(),
+        "weight_zero": by_vector(zero.t(), vectors).t(),
     }
     bias = packed.take("bias", (n,), HALVES)
-    added = torch.zeros(VECTORS, 1, device=bias.device)
-    added[list(SCALES)] = 1
-    plain = by_vector(bias).float().reshape(VECTORS, -1) - added
+    added = torch.tensor([0.0, 1.0, 0.0] * (vectors // 3), device=bias.device)[:, None]  # of shift, scale, gate
+    plain = by_vector(bias, vectors).float().reshape(vectors, -1) - added
     return QuantizedLinear(get_format(AWQ.name), tensors, bias=exactly(plain.reshape(n), bias.dtype))
+
+
+def check_modulation(packed: Packed) -> tuple[int, int, int]:
+    """N, K, and how many vectors of K the N outputs are."""
+    found = packed.tensors["qweight"]
+    n, k = (4 * found.shape[0], 2 * found.shape[1]) if found.dim() == 2 else (0, 0)
+    if k == 0 or k % AWQ.group or n not in [k * vectors for vectors in VECTORS]:
+        raise packed.error(
+            "qweight",
+            f"expected (N/4, K/2), K a multiple of {AWQ.group} and N {' or '.join(map(str, VECTORS))} times K, found "
+            f"shape {tuple(found.shape)}.",
+        )
+    return n, k, n // k
 
 
 def unpack_awq_codes(packed: Tensor) -> Tensor:
@@ -329,9 +427,9 @@ def unpack_awq_codes(packed: Tensor) -> Tensor:
     return torch.stack(pairs, dim=-2).transpose(1, 2).reshape(4 * quarter, half).view(torch.int8)
 
 
-def by_vector(rows: Tensor) -> Tensor:
+def by_vector(rows: Tensor, vectors: int) -> Tensor:
     """Rows of a modulation in the order (vector, feature)."""
-    return rows.unflatten(0, (-1, VECTORS)).transpose(0, 1).flatten(0, 1)
+    return rows.unflatten(0, (-1, vectors)).transpose(0, 1).flatten(0, 1)
 
 
 def exactly(numbers: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfyui_svdquant.svdq_core import QuantizedLinear, SVDQuantError, read_checkpoint
 from comfyui_svdquant.svdq_core.checkpoint import describe_file
-from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_Z_IMAGE
+from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_FLUX, DIFFUSERS_Z_IMAGE
 from comfyui_svdquant.svdq_core.formats import get_format
 from comfyui_svdquant.svdq_core.nunchaku_files import FAMILIES, Packed, read_layer
 from comfyui_svdquant.svdq_core.recipes import plan_model
@@ -20,11 +20,12 @@ from torch import Tensor
 
 import small_flux
 from narrow import read_widths
-from sampling import assert_equal_tensors, load, raw, sample
+from sampling import assert_equal_tensors, error_db, load, raw, sample
+from test_checkpoint import to_diffusers
 from test_families import random_qwen_image, random_z_image
 from test_lora_files import pack as pack_half
 
-QWEN, Z_IMAGE = FAMILIES
+FLUX, QWEN, Z_IMAGE = FAMILIES
 FORMATS = pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
 QKV = {  # Nunchaku's layers of several of ComfyUI's
     "attn.to_qkv": [f"attn.to_{c}" for c in "qkv"],
@@ -105,20 +106,22 @@ def pack_awq(weight: Tensor) -> Tensor:
     return joined(place(values, number * 4 + k % 32 // 8)).view(torch.int32).view(weight.shape[0] // 4, -1)
 
 
-def interleaved(rows: Tensor) -> Tensor:
-    """Of a modulation's six vectors first all that belong to feature 0, and so on."""
-    size = rows.shape[0] // 6
-    return torch.stack([rows[vector * size + feature] for feature in range(size) for vector in range(6)])
+def interleaved(rows: Tensor, vectors: int) -> Tensor:
+    """Of a modulation's vectors first all that belong to feature 0, and so on."""
+    size = rows.shape[0] // vectors
+    return torch.stack([rows[vector * size + feature] for feature in range(size) for vector in range(vectors)])
 
 
 def pack_modulation(layer: QuantizedLinear) -> dict[str, Tensor]:
+    vectors = layer.shape[0] // layer.shape[1]
     scale, zero = (layer.tensors[f"weight_{name}"] for name in ("scale", "zero"))
-    bias = layer.bias.float().view(6, -1) + torch.tensor([0, 1, 0, 0, 1, 0]).view(6, 1)  # the model's 1 + scale
+    added = torch.tensor([0, 1, 0, 0, 1, 0])[:vectors]  # the model's 1 + scale
+    bias = layer.bias.float().view(vectors, -1) + added.view(vectors, 1)
     return {
-        "qweight": pack_awq(interleaved(layer.tensors["weight"])),
-        "wscales": interleaved(scale.t()).t().contiguous(),
-        "wzeros": interleaved((zero.float() - 8 * scale.float()).t()).t().contiguous().bfloat16(),
-        "bias": interleaved(bias.flatten()).bfloat16(),
+        "qweight": pack_awq(interleaved(layer.tensors["weight"], vectors)),
+        "wscales": interleaved(scale.t(), vectors).t().contiguous(),
+        "wzeros": interleaved((zero.float() - 8 * scale.float()).t(), vectors).t().contiguous().bfloat16(),
+        "bias": interleaved(bias.flatten(), vectors).bfloat16(),
     }
 
 
@@ -175,7 +178,8 @@ def rows_of(layer: QuantizedLinear, first: int, last: int) -> QuantizedLinear:
 
 
 def read(tensors: dict[str, Tensor], layer: str, family=QWEN) -> dict[str, Tensor]:
-    return read_layer(Packed(dict(tensors), f"{layer}.", "a file"), family, family.targets(layer))
+    linears = read_layer(Packed(dict(tensors), f"{layer}.", "a file"), family, family.targets(layer))
+    return {key: t for name, linear in linears.items() for key, t in linear.state_dict(name).items()}
 
 
 @FORMATS
@@ -221,7 +225,7 @@ def test_tensor_scales_by_row():
     assert float(found["layers.0.attention.qkv.weight_scale_2"]) == 1
 
 
-@pytest.mark.parametrize("n, k", [(768, 128), (1536, 256)])
+@pytest.mark.parametrize("n, k", [(768, 128), (1536, 256), (768, 256)])
 def test_modulation(n, k):
     """DeepCompressor's zero is always 7 scales, which is exact in 16 bit here, too; others need not be."""
     layer = random_layer(n, k, "awq")
@@ -399,6 +403,114 @@ def test_a_lora_is_previewed_and_added(host, tmp_path):
     assert torch.equal(pictures[1], pictures[3]) and not torch.equal(pictures[0], pictures[1])
 
 
+# ---- FLUX.1, of whose single blocks Nunchaku has each linear in two parts -------------------------------------
+
+DOUBLE = {
+    "qkv_proj": "img_attn.qkv", "qkv_proj_context": "txt_attn.qkv", "out_proj": "img_attn.proj",
+    "out_proj_context": "txt_attn.proj", "mlp_fc1": "img_mlp.0", "mlp_fc2": "img_mlp.2",
+    "mlp_context_fc1": "txt_mlp.0", "mlp_context_fc2": "txt_mlp.2",
+    "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin",
+}  # fmt: skip
+NORMS = {"norm_q": "img_attn.norm.query_norm", "norm_k": "img_attn.norm.key_norm"}
+NORMS |= {"norm_added_q": "txt_attn.norm.query_norm", "norm_added_k": "txt_attn.norm.key_norm"}
+NAMED_BEFORE = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth"}
+NAMED_BEFORE |= {"smooth_factor_orig": "smooth_orig"}
+
+
+def flux_as_nunchaku(sd: dict[str, Tensor], fmt: str) -> tuple[dict[str, Tensor], dict[str, QuantizedLinear]]:
+    """A packed FLUX.1 of one double and two single blocks, and its layers: ComfyUI's, or parts of them in order."""
+    layers, packed = {}, {}
+
+    def add(theirs: str, ours: str, unsigned: bool = False, smooth: Tensor | None = None, of: str = "") -> None:
+        weight, bias = (sd[f"{of or ours}.{end}"] for end in ("weight", "bias"))
+        if of:
+            rows, columns = PARTS[ours.rpartition(".")[2]]
+            weight, bias = weight[rows, columns], bias[rows] * (0 if theirs.endswith("fc2") else 1)
+        if "norm" in theirs:
+            layer = random_layer(*weight.shape, "awq")
+        else:
+            layer = small_flux.quantize_layer(weight, bias, get_format(fmt), unsigned and fmt == "int4", 32)
+            layer = layer if smooth is None else replace(layer, smooth_factor=smooth)
+        tensors = pack_layer(layer).items()
+        layers[ours] = layer
+        packed.update({f"{theirs}.{NAMED_BEFORE.get(key, key)}": t.contiguous() for key, t in tensors})
+
+    for theirs, ours in DOUBLE.items():
+        add(f"transformer_blocks.0.{theirs}", f"double_blocks.0.{ours}", unsigned="fc2" in theirs)
+    for i in range(2):
+        theirs, ours = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        add(f"{theirs}.norm.linear", f"{ours}.modulation.lin")
+        add(f"{theirs}.qkv_proj", f"{ours}.qkv", of=f"{ours}.linear1")
+        smooth = layers[f"{ours}.qkv"].smooth_factor
+        add(f"{theirs}.mlp_fc1", f"{ours}.up", smooth=smooth, of=f"{ours}.linear1")
+        add(f"{theirs}.out_proj", f"{ours}.out", of=f"{ours}.linear2")
+        add(f"{theirs}.mlp_fc2", f"{ours}.down", unsigned=True, of=f"{ours}.linear2")
+        for c, name in ("q", "query_norm"), ("k", "key_norm"):
+            packed[f"{theirs}.norm_{c}.weight"] = sd[f"{ours}.norm.{name}.scale"]
+    for theirs, ours in NORMS.items():
+        packed[f"transformer_blocks.0.{theirs}.weight"] = sd[f"double_blocks.0.{ours}.scale"]
+    outside = {key: t for key, t in sd.items() if "blocks." not in key}
+    return packed | to_diffusers(outside, DIFFUSERS_FLUX), layers
+
+
+PARTS = {  # rows and columns of linear1 and linear2
+    "qkv": (slice(768), slice(None)), "up": (slice(768, None), slice(None)),
+    "out": (slice(None), slice(256)), "down": (slice(None), slice(256, None)),
+}  # fmt: skip
+
+
+def test_flux(host, tmp_path):
+    """linear1 computes what its parts do; linear2 has their weights, and the input of one on the signed grid."""
+    sd = small_flux.random_flux(256, 1, 2, context=small_flux.CONTEXT, guidance=True)
+    packed, layers = flux_as_nunchaku(sd, "int4")
+    save_file(packed, tmp_path / "nunchaku.safetensors", {"config": "{}"})
+    found = small_flux.quantized_layers(tmp_path / "nunchaku.safetensors")
+    assert len(found) == 16 and describe_file(tmp_path / "nunchaku.safetensors").text == (
+        "an SVDQuant file of FLUX.1 (awq_w4a16, svdquant_w4a4), made by Nunchaku"
+    )
+    for name in [name for name in found if not name.endswith(("linear1", "linear2"))]:
+        assert_equal_tensors(found[name].state_dict(), layers[name].state_dict())
+    generator = torch.Generator().manual_seed(3)
+    for i in range(2):
+        block = f"single_blocks.{i}"
+        x, y = (torch.randn(5, k, generator=generator) for k in (256, 1280))
+        both = torch.cat([layers[f"{block}.{part}"](x) for part in ("qkv", "up")], 1)
+        assert found[f"{block}.linear1"].rank == 64 and error_db(found[f"{block}.linear1"](x), both.double()) < -110
+        out, down = (layers[f"{block}.{part}"] for part in ("out", "down"))
+        linear2, weights = found[f"{block}.linear2"], [small_flux.effective(layer) for layer in (out, down)]
+        assert (linear2.rank, linear2.act_unsigned, down.act_unsigned) == (64, False, True)
+        wanted = y @ torch.cat([w["weight"] for w in weights], 1).t() + weights[0]["bias"] + weights[1]["bias"]
+        assert error_db(y @ linear2.dequantized_weight().t() + linear2.bias.float(), wanted.double()) < -50
+    wanted = {key.replace(".scale", ".weight"): t for key, t in sd.items() if key.rpartition(".")[0] not in found}
+    assert_equal_tensors(
+        {k: t for k, t in read_checkpoint(tmp_path / "nunchaku.safetensors")[0].items() if k in wanted}, wanted
+    )
+    ours = small_flux.write(tmp_path / "ours.safetensors", sd, found)
+    pictures = [sample(load(path, torch.float32)) for path in (ours, tmp_path / "nunchaku.safetensors")]
+    assert torch.equal(*map(raw, pictures)) and pictures[0].isfinite().all() and pictures[0].std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("fmt", "key", "message"),
+    [
+        ("nvfp4", None, r"single_blocks.0.linear[12]: in NVFP4 its two parts have tensor scales .* INT4 file"),
+        ("int4", "single_transformer_blocks.1.mlp_fc1.smooth", "single_blocks.1.linear1: its two parts have diff"),
+        ("int4", "single_transformer_blocks.1.out_proj.qweight", "a part of single_blocks.1.linear2 is missing"),
+        ("int4", "transformer_blocks.0.mlp_fc2.wscales", r"mlp_fc2.wscales: missing \(expected shape"),
+    ],
+)
+def test_flux_files_that_cannot_be_read(tmp_path, fmt, key, message):
+    packed, _ = flux_as_nunchaku(small_flux.random_flux(256, 1, 2, context=64), fmt)
+    if key and key.endswith(".smooth"):
+        packed[key] = packed[key] * 2
+    elif key:
+        layer = key.removesuffix("qweight")
+        packed = {k: t for k, t in packed.items() if k != key and not (k.startswith(layer) and layer != key)}
+    save_file(packed, tmp_path / "bad.safetensors")
+    with pytest.raises(SVDQuantError, match=rf"bad\.safetensors: .*{message}"):
+        read_checkpoint(tmp_path / "bad.safetensors")
+
+
 def test_damaged_files(host, tmp_path):
     tensors = load_file(write_both(tmp_path, random_qwen_image(), "int4")[1])
     for change, message in (
@@ -420,12 +532,9 @@ def test_damaged_files(host, tmp_path):
 def test_other_models_are_refused(tmp_path):
     """Each error says why, and what to do instead."""
     layer, file = pack_layer(random_layer(384, 128, "int4")), tmp_path / "m.safetensors"
-    for name, message in (
-        ("single_transformer_blocks.0.qkv_proj", r"FLUX.1: ComfyUI's linear2 is two layers"),
-        ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_qkv", "only Qwen-Image and Z-Image are read"),
-    ):
-        save_file({f"{name}.{key}": t for key, t in layer.items()}, file)
-        info = describe_file(file)
-        assert info.kind == "nunchaku" and message in info.text and "Nunchaku's own loader, or q" in info.loader_hint
-        with pytest.raises(SVDQuantError, match=rf"m.safetensors: a Nunchaku file.*\({message}.*SVDQuant Quantize"):
-            read_checkpoint(file)
+    name, message = "down_blocks.1.attentions.0.attn1.to_qkv", "only FLUX.1, Qwen-Image, Z-Image are read"
+    save_file({f"{name}.{key}": t for key, t in layer.items()}, file)
+    info = describe_file(file)
+    assert info.kind == "nunchaku" and message in info.text and "Nunchaku's own loader, or q" in info.loader_hint
+    with pytest.raises(SVDQuantError, match=rf"m.safetensors: a Nunchaku file.*\({message}.*SVDQuant Quantize"):
+        read_checkpoint(file)
