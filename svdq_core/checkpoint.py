@@ -20,7 +20,7 @@ from .dialects import strip_prefix, to_comfy_names
 from .errors import SVDQuantError
 from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
-from .nunchaku_files import family_in, is_nunchaku, refusal
+from .nunchaku_files import Progress, family_in, is_nunchaku, no_progress, refusal
 from .recipes import facts_of, family_of, match_recipe, plan
 
 TOOL = "comfyui-svdquant 0.2.0"
@@ -43,16 +43,19 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 READ_WITH_HEADER = (".comfy_quant", ".reshape_weight")  # small tensors that say what others are
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_checkpoint(
+    path: str | os.PathLike[str], progress: Progress = no_progress
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``(state_dict, metadata)`` of a model file, with ComfyUI's key names whatever the file's dialect.
 
-    Tensors are memory-mapped, so a 24 GB file costs no memory until its tensors are used. Quantized layers are
+    Tensors are memory-mapped, so a 24 GB file costs no memory until its tensors are used; those of a file in Nunchaku's
+    format are made in memory, and ``progress`` gets how many layers are done, and of how many. Quantized layers are
     checked; :class:`SVDQuantError` says which key is missing or malformed, or why the file cannot be read.
     """
     path = Path(path)
     with open_safetensors(path) as file:
         metadata = dict(file.metadata() or {})
-    state_dict = to_comfy_names(load_file(path), str(path))
+    state_dict = to_comfy_names(load_file(path), str(path), progress)
     for key in [k for k in state_dict if k.endswith(".comfy_quant")]:
         try:
             prefix = key.removesuffix("comfy_quant")

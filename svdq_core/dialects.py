@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import SVDQuantError
-from .nunchaku_files import from_nunchaku_model, is_nunchaku
+from .nunchaku_files import Progress, from_nunchaku_model, is_nunchaku, no_progress
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
 TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
@@ -94,12 +94,12 @@ DIFFUSERS_BY_KEY = (
 )
 
 
-def to_comfy_names(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def to_comfy_names(sd: dict[str, Tensor], where: str, progress: Progress = no_progress) -> dict[str, Tensor]:
     """A state dict in ComfyUI's names and the natural layout; unknown keys are kept as they are."""
     sd = strip_prefix(sd)
     packed = is_nunchaku(sd)
     if packed:
-        sd = from_nunchaku_model(sd, where)
+        sd = from_nunchaku_model(sd, where, progress)
     marks = ("transformer_blocks.0.attn.to_q.weight", "noise_refiner.0.attention.norm_q.weight")
     if packed or any(key in sd for key in marks):
         names = next((names for key, names in DIFFUSERS_BY_KEY if key in sd), None)

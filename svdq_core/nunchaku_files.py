@@ -5,7 +5,7 @@ N and K are multiples of 128 (the kernels' tiles), R of 16. Codes, scales and br
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,6 +103,13 @@ FAMILIES = (
 )
 
 
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Nobody is waiting."""
+
+
 def is_nunchaku(keys: Collection[str]) -> bool:
     """Whether a state dict is of a model in Nunchaku's format."""
     return any(key.endswith(".qweight") and key.replace(".qweight", ".wscales") in keys for key in keys)
@@ -118,10 +125,11 @@ def refusal() -> str:
     return f"{OTHER} (only {', '.join(family.recipe.title for family in FAMILIES)} are read)"
 
 
-def from_nunchaku_model(sd: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def from_nunchaku_model(sd: Mapping[str, Tensor], where: str, progress: Progress = no_progress) -> dict[str, Tensor]:
     """The quantized layers in this format, and what is named like them, under ComfyUI's names; the rest as it is.
 
-    Tensors may be on the meta device: then only shapes and dtypes are checked.
+    Tensors may be on the meta device: then only shapes and dtypes are checked. Else every layer is moved in memory,
+    which takes seconds: ``progress`` gets how many are done, and of how many.
     """
     family = family_in(sd)
     if family is None:
@@ -138,8 +146,9 @@ def from_nunchaku_model(sd: Mapping[str, Tensor], where: str) -> dict[str, Tenso
         for target, rows in zip(targets, tensor.chunk(len(targets)) if len(targets) > 1 else (tensor,)):
             out[f"{target}.{name}" if target else key] = rows
     linears: dict[str, QuantizedLinear] = {}
-    for layer, part in packed.items():
+    for i, (layer, part) in enumerate(packed.items()):
         linears |= read_layer(part, family, family.targets(layer))
+        progress(i + 1, len(packed))
     for name, linear in joined(linears, where).items():
         out |= linear.state_dict(name)
     return out

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import small_flux
 from narrow import read_widths
-from sampling import assert_equal_tensors, error_db, load, raw, sample
+from sampling import assert_equal_tensors, error_db, load, raw, sample, save
 from test_checkpoint import to_diffusers
 from test_families import random_qwen_image, random_z_image
 from test_lora_files import pack as pack_half
@@ -486,8 +486,20 @@ def test_flux(host, tmp_path):
         {k: t for k, t in read_checkpoint(tmp_path / "nunchaku.safetensors")[0].items() if k in wanted}, wanted
     )
     ours = small_flux.write(tmp_path / "ours.safetensors", sd, found)
-    pictures = [sample(load(path, torch.float32)) for path in (ours, tmp_path / "nunchaku.safetensors")]
+    models = [load(path, torch.float32) for path in (ours, tmp_path / "nunchaku.safetensors")]
+    pictures = [sample(model) for model in models]
     assert torch.equal(*map(raw, pictures)) and pictures[0].isfinite().all() and pictures[0].std() > 0.1
+    saved = small_flux.quantized_layers(save(models[1], "unpacked"))
+    for name, layer in found.items():
+        assert_equal_tensors(saved[name].state_dict(), layer.state_dict())
+
+
+def test_progress_of_unpacking(tmp_path):
+    told = []
+    packed, _ = flux_as_nunchaku(small_flux.random_flux(256, 1, 2, context=64), "int4")
+    save_file(packed, tmp_path / "nunchaku.safetensors")
+    read_checkpoint(tmp_path / "nunchaku.safetensors", lambda done, total: told.append((done, total)))
+    assert told == [(i, 20) for i in range(1, 21)]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def load_svdquant(
     ``ACTIVATIONS``: what an INT4 file's linears round their inputs to.
     """
     path = str(path)
-    state_dict, metadata = read_checkpoint(path)
+    bar = comfy.utils.ProgressBar(1)
+    state_dict, metadata = read_checkpoint(path, bar.update_absolute)
     if not any(key.endswith(".comfy_quant") for key in state_dict):
         raise SVDQuantError(f"{path}: not quantized. Load it with Load Diffusion Model.")
     config = comfy.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
