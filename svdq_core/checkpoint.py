@@ -20,7 +20,7 @@ from .dialects import strip_prefix, to_comfy_names
 from .errors import SVDQuantError
 from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
-from .nunchaku_files import Progress, family_in, is_nunchaku, no_progress, refusal
+from .nunchaku_files import OTHER, NotRepresentable, Progress, family_in, is_nunchaku, marks_of, no_progress, refusal
 from .recipes import facts_of, family_of, match_recipe, plan
 
 TOOL = "comfyui-svdquant 0.2.0"
@@ -40,6 +40,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+TEXT_ENCODERS = ("text_model.", "encoder.block.", "shared.weight")
 READ_WITH_HEADER = (".comfy_quant", ".reshape_weight")  # small tensors that say what others are
 
 
@@ -55,7 +56,9 @@ def read_checkpoint(
     path = Path(path)
     with open_safetensors(path) as file:
         metadata = dict(file.metadata() or {})
-    state_dict = to_comfy_names(load_file(path), str(path), progress)
+    state_dict = load_file(path)
+    marks = marks_of(metadata) if is_nunchaku(state_dict) else {}
+    state_dict = to_comfy_names(state_dict, str(path), progress) | marks
     for key in [k for k in state_dict if k.endswith(".comfy_quant")]:
         try:
             prefix = key.removesuffix("comfy_quant")
@@ -146,11 +149,14 @@ def describe_file(path: str | os.PathLike[str]) -> FileInfo:
     tensors, metadata = read_header(path)
     details: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(tensors)}
     maker = ", made by Nunchaku" if is_nunchaku(tensors) else ""
-    if maker:
+    if maker and not any(key.startswith(TEXT_ENCODERS) for key in tensors):
+        hint = "Nunchaku's own loader, or quantize the 16-bit model here"
         if family_in(strip_prefix(tensors)) is None:
-            hint = "Nunchaku's own loader, or quantize the 16-bit model here"
             return FileInfo("nunchaku", refusal(), hint, details)
-        tensors = to_comfy_names(tensors, str(path))
+        try:
+            tensors = to_comfy_names(tensors, str(path))
+        except NotRepresentable as error:
+            return FileInfo("nunchaku", f"{OTHER} ({str(error).removeprefix(f'{path}: ')})", hint, details)
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     layers = [k.removesuffix("comfy_quant") for k in tensors if k.endswith(".comfy_quant")]
     try:
@@ -205,7 +211,7 @@ def classify(
         return "checkpoint", "a full checkpoint with text encoders and VAE", "Load Checkpoint"
     if any(k.startswith(("decoder.", "first_stage_model.decoder.")) for k in keys):
         return "vae", "a VAE", "Load VAE"
-    if any(k.startswith(("text_model.", "encoder.block.", "shared.weight")) for k in keys):
+    if any(k.startswith(TEXT_ENCODERS) for k in keys):
         return "text_encoder", "a text encoder", "Load CLIP"
     if any(k.startswith(("controlnet_", "control_model.")) for k in keys):
         return "controlnet", "a ControlNet", "Load ControlNet Model"

@@ -18,7 +18,7 @@ from .checkpoint import describe_file, read_header, why_unreadable
 from .errors import SVDQuantError
 from .lora_checks import check_parts, check_values, describe_adapters
 from .nunchaku_lora import NUNCHAKU, from_nunchaku
-from .recipes import RECIPES
+from .recipes import QWEN_IMAGE, RECIPES
 
 MAX_TENSORS = 100_000  # the largest real files have a few thousand
 MAX_NAME = 1000  # characters of a key
@@ -34,7 +34,9 @@ DIFFUSERS = re.compile(
     r"(?:single_)?transformer_blocks\.\d+\.|(?:x_embedder|context_embedder|time_text_embed|norm_out|proj_out)\."
 )
 OTHERS = re.compile(  # Wan and Z-Image, whose names are the same everywhere
-    r"blocks\.\d+\.(?:self_attn|cross_attn|ffn)\.|(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention|feed_forward)\."
+    r"blocks\.\d+\.(?:self_attn|cross_attn|ffn|norm3|modulation)\.|(?:text_embedding|time_embedding|time_projection)\.\d\."
+    r"|(?:patch_embedding|head\.head|img_emb\.proj\.\d)\.|(?:cap_embedder\.1|t_embedder\.mlp\.\d)\."
+    r"|(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention|feed_forward|adaLN_modulation)\."
 )
 WAN_DIFFUSERS = re.compile(r"blocks\.\d+\.(?:attn[12]|ffn\.net)\.")
 WAN_NAMES = (  # diffusers' piece of a name, ComfyUI's
@@ -53,6 +55,7 @@ XLABS_LAYERS = {
 }
 BFL_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")  # ComfyUI converts such files itself
 
+Z_IMAGE_LORA = "Z-Image or Lumina 2"
 # Signs of other models in a LoRA's keys ("~" is a dot or an underscore); the first hit names the model.
 FOREIGN: tuple[tuple[str, str], ...] = (
     (r"double_stream_modulation_|~to_qkv_mlp_proj~", "FLUX.2"),
@@ -78,7 +81,7 @@ FOREIGN: tuple[tuple[str, str], ...] = (
     (r"(?<!single_)transformer_blocks~(?:19|[23]\d)~", "Stable Diffusion 3 or Qwen-Image"),
     (r"(?:double|single)_stream_blocks~\d", "HiDream"),
     (r"(?:context|noise)_refiner~\d|cap_embedder~|(?:^|[._])layers~\d+~(?:attention|feed_forward)~",
-     "Z-Image or Lumina 2"),
+     Z_IMAGE_LORA),
 )  # fmt: skip
 
 
@@ -116,11 +119,13 @@ def read_lora(path: str | os.PathLike[str], data: bool = True) -> tuple[dict[str
     known = family is None or any(recipe.title in family for recipe in RECIPES)
     if all(key in tensors for key in BFL_CONTROL) or not known:
         return tensors, metadata
+    if family in (QWEN_IMAGE.title, Z_IMAGE_LORA):  # ComfyUI maps OneTrainer's prefix for FLUX.1 only
+        tensors = {re.sub(r"^lora_transformer_", "lycoris_", key): t for key, t in tensors.items()}
     return rename(tensors, str(path)), metadata
 
 
 def foreign_architecture(keys: Iterable[str]) -> str | None:
-    """The model that a LoRA's keys clearly belong to if that is not FLUX.1, or None: it may be FLUX.1."""
+    """The model that a LoRA's keys clearly belong to, or None: it may be FLUX.1. Two models may share their names."""
     text = "\n".join(keys)
     return next((model for sign, model in FOREIGN if re.search(sign.replace("~", "[._]"), text, re.MULTILINE)), None)
 

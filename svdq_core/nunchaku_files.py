@@ -4,6 +4,7 @@ Shapes: ``N`` out_features, ``K`` in_features, ``R`` rank, ``G`` group size, ``P
 N and K are multiples of 128 (the kernels' tiles), R of 16. Codes, scales and branches are moved, none is rounded again.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ FAMILIES = (
     ),
     Family(
         QWEN_IMAGE,
-        "transformer_blocks.0.img_mod.1.qweight",
+        "transformer_blocks.0.attn.to_qkv.qweight",
         {
             f"transformer_blocks.{{i}}.attn.{source}": tuple(f"transformer_blocks.{{i}}.attn.{name}" for name in names)
             for source, names in QKV.items()
@@ -108,6 +109,20 @@ Progress = Callable[[int, int], None]
 
 def no_progress(done: int, total: int) -> None:
     """Nobody is waiting."""
+
+
+class NotRepresentable(SVDQuantError):
+    """A good file that says something for which this format has no place."""
+
+
+def marks_of(metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Keys by which ComfyUI knows a variant of a model, and which diffusers has in its config instead."""
+    try:
+        config = json.loads(metadata.get("config", "{}"))
+    except ValueError:
+        return {}
+    edit_2511 = isinstance(config, dict) and config.get("zero_cond_t")  # of Qwen-Image
+    return {"__index_timestep_zero__": torch.zeros(0)} if edit_2511 else {}
 
 
 def is_nunchaku(keys: Collection[str]) -> bool:
@@ -162,7 +177,7 @@ def joined(linears: dict[str, QuantizedLinear], where: str) -> dict[str, Quantiz
         if first is None or second is None:
             raise SVDQuantError(f"{where}: a part of {name} is missing. The file is incomplete; download it again.")
         if first.fmt.name != "int4" or second.fmt.name != "int4":
-            raise SVDQuantError(
+            raise NotRepresentable(
                 f"{where}: {name}: in NVFP4 its two parts have tensor scales of their own, and one layer has one. Use "
                 "the INT4 file of this model, or Nunchaku's own loader."
             )
@@ -173,6 +188,8 @@ def joined(linears: dict[str, QuantizedLinear], where: str) -> dict[str, Quantiz
 def above(first: QuantizedLinear, second: QuantizedLinear, where: str) -> QuantizedLinear:
     """One INT4 layer of two that read the same input, their outputs one after the other; exact."""
     (smooth, down, up), (other_smooth, other_down, other_up) = map(branch_of, (first, second))
+    if (first.bias is None) != (second.bias is None):
+        raise SVDQuantError(f"{where}: one of its parts has no bias. The file is incomplete; download it again.")
     if not (smooth.is_meta or torch.equal(smooth, other_smooth)):
         raise SVDQuantError(f"{where}: its two parts have different smooth factors. {INSTEAD}")
     return replace(

@@ -380,7 +380,7 @@ def assemble(
     Convolutions may stay in float32: they are small, and ComfyUI computes Wan's first one in it.
     """
     quantized = {f"{name}.{end}" for name in layers for end in ("weight", "bias")}
-    convolutions = {key.rpartition(".")[0] for key, shape in shapes.items() if len(shape) > 2}
+    convolutions = {key.removesuffix(".weight") for key, shape in shapes.items() if len(shape) > 3}
     tensors = {
         key: sixteen_bit(source.tensor(key), key.rpartition(".")[0] in convolutions).cpu()
         for key in shapes

@@ -180,6 +180,8 @@ Z_IMAGE = Recipe(
     text="cap_embedder.1",
 )
 
+PICTURE = "blocks.0.cross_attn.k_img.weight"  # of Wan 2.1's image to video
+
 WAN = Recipe(
     name="wan",
     title="Wan",
@@ -192,7 +194,7 @@ WAN = Recipe(
         "blocks.0.cross_attn.q.weight",
         "blocks.0.ffn.0.weight",
     ),
-    absent=("blocks.0.cross_attn.k_img.weight",),
+    absent=(PICTURE,),
     # Keys and values of the cross-attention read the text. The paper keeps such in 16 bit; here they are a seventh of
     # all weights.
     rules=(
@@ -211,7 +213,7 @@ WAN = Recipe(
 WAN_I2V = replace(
     WAN,
     name="wan_i2v",
-    keys=(*WAN.keys, "blocks.0.cross_attn.k_img.weight"),
+    keys=(*WAN.keys, PICTURE),
     absent=(),
     rules=(*WAN.rules, *(Rule(f"blocks.{{i}}.cross_attn.{c}_img", W8A8, shares="picture") for c in "kv")),
 )
@@ -243,6 +245,10 @@ KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
     ("joint_blocks.0.", "Stable Diffusion 3"),
     ("dec_net.cond_embed.", "Z-Image on pixels"),
     ("cap_embedder.", "Lumina 2"),
+    ("transformer_blocks.0.img_mod.1.", "a part of Qwen-Image"),
+    ("vace_blocks.", "a VACE module of Wan"),
+    ("blocks.0.attn1.", "Wan in diffusers' names"),
+    ("blocks.0.self_attn.q.", "a part of Wan"),
     ("label_emb.0.0.weight", "Stable Diffusion XL"),
     ("input_blocks.0.0.weight", "Stable Diffusion 1.x or 2.x"),
     ("adaln_single.", "PixArt or LTX-Video"),

@@ -245,7 +245,7 @@ def outputs_of_others(block, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
         if hasattr(block, "modulation"):
             pe = EmbedND(128, 10000, [44, 42, 42])(torch.zeros(1, 6, 3))
-            return block(img, vec.reshape(1, 1, 256).repeat(1, 6, 1), pe, txt)
+            return block(img, vec.reshape(1, 1, 1, 256).repeat(1, 1, 6, 1), pe, txt)
         return torch.cat(block(img, txt, None, vec, pe.to(dtype)), 1)
 
 
@@ -289,16 +289,39 @@ OTHERS = {  # q, k and v of each stream read its norm
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_blocks_of_other_families(host, force, ran, monkeypatch, tmp_path, name):
+def block_of(name: str, folder) -> Any:
+    """The first block of a family's model."""
     family = next(family for family in FAMILIES if family.recipe.name == name)
     sd = family.make()
-    path = small_flux.write(tmp_path / "int4.safetensors", sd, small_flux.quantize(sd))
-    force("triton-w4a4")
+    path = small_flux.write(folder / "int4.safetensors", sd, small_flux.quantize(sd))
     with read_widths():
         model = load(path, torch.bfloat16).model.diffusion_model
-    blocks = model.transformer_blocks if name == "qwen_image" else model.blocks
-    check_block(blocks[0], force, ran, monkeypatch, "triton-w4a4", OTHERS[name])
+    return (model.transformer_blocks if name == "qwen_image" else model.blocks)[0]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_blocks_of_other_families(host, force, ran, monkeypatch, tmp_path, name):
+    force("triton-w4a4")
+    check_block(block_of(name, tmp_path), force, ran, monkeypatch, "triton-w4a4", OTHERS[name])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_modulations_by_token(host, force, tmp_path, name):
+    """Qwen-Image-Edit gives reference pictures their own, Wan 2.2 5B every frame; the same for all gives the same."""
+    from comfy.ldm.flux.layers import EmbedND
+
+    force("triton-widened-int8")
+    block = block_of(name, tmp_path)
+    img, txt, vec, pe = (t.bfloat16() for t in inputs_of(block))
+    with torch.no_grad():
+        if name == "wan":
+            rows, pe = random(1, 6, 6, 256, seed=5), EmbedND(128, 10000, [44, 42, 42])(torch.zeros(1, 6, 3))
+            inputs = rows, rows[:, :1].repeat(1, 6, 1, 1), rows[:, :1]
+            found, same, one = (block(img, e, pe, txt) for e in inputs)
+        else:
+            inputs = (torch.cat([vec, random(1, 256, seed=6)]), 3), (vec.repeat(2, 1), 3), (vec, None)
+            found, same, one = (torch.cat(block(img, txt, None, temb, pe, i), 1) for temb, i in inputs)
+    assert error_db(same, one.double()) < -30 < error_db(found, one.double())
 
 
 def check_block(block, force, ran, monkeypatch, name: str, wanted: dict[str, int]) -> None:

@@ -4,6 +4,7 @@ The packers here go by the kernels' layouts (PTX's operands of m16n8k64 and m16n
 element its address.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -508,6 +509,7 @@ def test_progress_of_unpacking(tmp_path):
         ("nvfp4", None, r"single_blocks.0.linear[12]: in NVFP4 its two parts have tensor scales .* INT4 file"),
         ("int4", "single_transformer_blocks.1.mlp_fc1.smooth", "single_blocks.1.linear1: its two parts have diff"),
         ("int4", "single_transformer_blocks.1.out_proj.qweight", "a part of single_blocks.1.linear2 is missing"),
+        ("int4", "single_transformer_blocks.0.mlp_fc1.bias", "single_blocks.0.linear1: one of its parts has no bias"),
         ("int4", "transformer_blocks.0.mlp_fc2.wscales", r"mlp_fc2.wscales: missing \(expected shape"),
     ],
 )
@@ -521,6 +523,9 @@ def test_flux_files_that_cannot_be_read(tmp_path, fmt, key, message):
     save_file(packed, tmp_path / "bad.safetensors")
     with pytest.raises(SVDQuantError, match=rf"bad\.safetensors: .*{message}"):
         read_checkpoint(tmp_path / "bad.safetensors")
+    if fmt == "nvfp4":  # nothing is wrong with it
+        info = describe_file(tmp_path / "bad.safetensors")
+        assert info.kind == "nunchaku" and "linear1: in NVFP4 its two parts" in info.text
 
 
 def test_damaged_files(host, tmp_path):
@@ -539,6 +544,27 @@ def test_damaged_files(host, tmp_path):
     for read_file in (read_checkpoint, describe_file):
         with pytest.raises(SVDQuantError, match=r"bad.safetensors: img_in.qweight: Qwen-Image has no 4-bit layer"):
             read_file(tmp_path / "bad.safetensors")
+
+
+def test_qwen_image_edit_2511(host, tmp_path):
+    """ComfyUI knows it by an empty tensor's name, diffusers by its config."""
+    sd = random_qwen_image()
+    del sd["__index_timestep_zero__"]
+    _, file = write_both(tmp_path, sd, "int4")
+    tensors = load_file(file)
+    for config, marked in (({"zero_cond_t": True}, True), ({"zero_cond_t": False}, False), ({}, False)):
+        save_file(tensors, file, {"config": json.dumps(config)})
+        assert ("__index_timestep_zero__" in read_checkpoint(file)[0]) == marked
+    save_file(tensors, file, {"config": "{"})
+    assert "__index_timestep_zero__" not in read_checkpoint(file)[0]
+
+
+def test_text_encoders_are_no_models(tmp_path):
+    layer = pack_layer(random_layer(384, 128, "int4"))
+    save_file(
+        {f"encoder.block.0.layer.0.SelfAttention.q.{k}": t for k, t in layer.items()}, tmp_path / "t5.safetensors"
+    )
+    assert describe_file(tmp_path / "t5.safetensors").text == "a text encoder"
 
 
 def test_other_models_are_refused(tmp_path):

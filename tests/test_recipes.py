@@ -56,4 +56,8 @@ def test_refusals_name_what_was_seen():
         find_recipe(["img_in_patch.weight", "nerf_blocks.0.param_generator.weight"], "m")
     with pytest.raises(SVDQuantError, match="Its first keys are: a.weight"):
         find_recipe(["a.weight"], "m")
+    with pytest.raises(SVDQuantError, match="looks like a VACE module of Wan"):
+        find_recipe(["vace_blocks.0.self_attn.q.weight", "blocks.0.self_attn.q.weight"], "m")
+    with pytest.raises(SVDQuantError, match="looks like Wan in diffusers' names"):
+        find_recipe(["blocks.0.attn1.to_q.weight"], "m")
     assert find_recipe(random_flux(), "m") is FLUX

@@ -57,8 +57,6 @@ def calibrate(
     device = comfy.model_management.intermediate_device()
     empty = torch.zeros(1, 4, settings.size // PIXELS, settings.size // PIXELS, device=device)
     latent = comfy.sample.fix_empty_latent_channels(model, empty, downscale_ratio_spacial=PIXELS)
-    if latent.dim() == 5:
-        latent = latent.repeat(1, 1, source.recipe.frames, 1, 1)
     total = len(prompts) * settings.steps
     previewer = Previewer(model)
     started = time.monotonic()
@@ -74,7 +72,8 @@ def calibrate(
                     event["preview"] = picture
                 on_event(event)
 
-            noise = comfy.sample.prepare_noise(latent, settings.seed + i)
+            prompt, start = as_long(prompt, latent, source.recipe.frames)
+            noise = comfy.sample.prepare_noise(start, settings.seed + i)
             comfy.sample.sample(
                 model,
                 noise,
@@ -84,12 +83,32 @@ def calibrate(
                 "simple",
                 prompt,
                 prompt,
-                latent,
+                start,
                 callback=step_done,
                 disable_pbar=True,
                 seed=settings.seed + i,
             )
     return collector.samples()
+
+
+def as_long(prompt: Conditioning, latent: Tensor, frames: int) -> tuple[Conditioning, Tensor]:
+    """A prompt and an empty latent of as many frames: ``frames``, or fewer where the prompt's pictures are fewer.
+
+    Image to video brings pictures for all frames of the user's video, in latents (1, C, T, H, W); the first ones do.
+    Models of pictures, whose ``latent`` is (1, C, H, W), are as they are.
+    """
+    if latent.dim() < 5:
+        return prompt, latent
+    pictures = [options.get("concat_latent_image") for _, options in prompt]
+    frames = min([frames, *(t.shape[2] for t in pictures if isinstance(t, Tensor) and t.dim() == 5)])
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        return value[:, :, :frames] if isinstance(value, Tensor) and value.dim() == 5 else value
+
+    shorter = [[context, {name: cut(value) for name, value in options.items()}] for context, options in prompt]
+    return shorter, latent.repeat(1, 1, frames, 1, 1)
 
 
 class Previewer:

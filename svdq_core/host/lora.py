@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import SVDQuantError
 from ..lora_checks import describe_adapters
 from ..lora_files import foreign_architecture, read_lora
+from ..recipes import match_recipe
 from .adapters import Offset, check, difference, fits_beside, reduced, translate
 from .layout import is_quantized
 
@@ -197,7 +198,8 @@ def why_nothing_applies(keys: list[str], model: BaseModel) -> str:
     name = type(model).__name__
     if all(TEXT_ENCODER.match(key) for key in keys):
         return "this LoRA is for the text encoder alone. Apply it with Load LoRA and its CLIP."
-    if family := foreign_architecture(keys):
+    recipe = match_recipe({name for name, _ in model.diffusion_model.named_parameters()})
+    if (family := foreign_architecture(keys)) and not (recipe and recipe.title in family):
         return f"this LoRA is for {family}, the model is {name}. Choose a LoRA made for this model."
     return f"none of its {len(keys)} keys belongs to this model ({name}). The first are: {', '.join(sorted(keys)[:4])}."
 

@@ -117,8 +117,12 @@ def hash_nested(value: Any, update: Callable[[bytes], Any]) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             hash_nested(item, update)
+    elif isinstance(value, dict):
+        hash_nested([item for name in sorted(value, key=str) for item in (str(name), value[name])], update)
     elif hasattr(value, "weights"):  # comfy.weight_adapter objects
         hash_nested(value.weights, update)
+    elif type(value).__repr__ is object.__repr__ and not callable(value):  # clip_vision's: repr tells an address only
+        hash_nested(getattr(value, "__dict__", {}), update)
     elif not callable(value):
         update(repr(value).encode())
 
