@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import comfy.clip_vision
 import comfy.lora
 import comfy.model_management
 import torch
@@ -121,8 +122,8 @@ def hash_nested(value: Any, update: Callable[[bytes], Any]) -> None:
         hash_nested([item for name in sorted(value, key=str) for item in (str(name), value[name])], update)
     elif hasattr(value, "weights"):  # comfy.weight_adapter objects
         hash_nested(value.weights, update)
-    elif type(value).__repr__ is object.__repr__ and not callable(value):  # clip_vision's: repr tells an address only
-        hash_nested(getattr(value, "__dict__", {}), update)
+    elif isinstance(value, comfy.clip_vision.Output):  # its repr tells an address only
+        hash_nested(vars(value), update)
     elif not callable(value):
         update(repr(value).encode())
 
