@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .errors import SVDQuantError
 from .nunchaku_files import Progress, from_nunchaku_model, is_nunchaku, no_progress
+from .recipes import Z_IMAGE
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
 TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
@@ -83,7 +84,7 @@ DIFFUSERS_Z_IMAGE: Names = {
     "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
 } | {
     f"{blocks}.{{i}}.attention.{name}": tuple(f"{blocks}.{{i}}.attention.{theirs}" for theirs in names)
-    for blocks in ("layers", "noise_refiner", "context_refiner")
+    for blocks in Z_IMAGE.lists
     for name, names in Z_IMAGE_ATTENTION.items()
 }
 DIFFUSERS_BY_KEY = (

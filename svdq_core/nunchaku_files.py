@@ -42,13 +42,18 @@ class Family:
 
     def targets(self, layer: str) -> tuple[str, ...]:
         """ComfyUI's names of a layer."""
-        number = re.search(r"\.(\d+)\.", layer)
-        names = self.names.get(layer.replace(number[0], ".{i}.", 1)) if number else None
-        return tuple(name.replace("{i}", number[1]) for name in names) if number and names else (layer,)
+        template, number = template_of(layer)
+        return tuple(name.replace("{i}", number) for name in self.names.get(template, (template,)))
 
     def rule(self, name: str) -> Rule | None:
         """The recipe's rule for one of ComfyUI's names."""
         return next((rule for rule in self.recipe.rules if rule.matches(name.partition(":")[0])), None)
+
+
+def template_of(name: str) -> tuple[str, str]:
+    """A layer's name with ``{i}`` for the number of its block, and that number; "" if it is in none."""
+    number = re.search(r"\.(\d+)\.", name)
+    return (name.replace(number[0], ".{i}.", 1), number[1]) if number else (name, "")
 
 
 def in_blocks(theirs: str, ours: str, names: Mapping[str, str | tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -61,16 +66,20 @@ FLUX_DOUBLE = {
     "qkv_proj": "img_attn.qkv", "out_proj": "img_attn.proj", "mlp_fc1": "img_mlp.0", "mlp_fc2": "img_mlp.2",
     "qkv_proj_context": "txt_attn.qkv", "out_proj_context": "txt_attn.proj",
     "mlp_context_fc1": "txt_mlp.0", "mlp_context_fc2": "txt_mlp.2",
-    "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin",
+}  # fmt: skip
+FLUX_DOUBLE_MODULATION = {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"}
+FLUX_DOUBLE_NORMS = {
     "norm_q": "img_attn.norm.query_norm", "norm_k": "img_attn.norm.key_norm",
     "norm_added_q": "txt_attn.norm.query_norm", "norm_added_k": "txt_attn.norm.key_norm",
 }  # fmt: skip
-FLUX_SINGLE = {
-    "qkv_proj": "linear1:0", "mlp_fc1": "linear1:1", "out_proj": "linear2:0", "mlp_fc2": "linear2:1",
-    "norm.linear": "modulation.lin", "norm_q": "norm.query_norm", "norm_k": "norm.key_norm",
-}  # fmt: skip
+FLUX_SINGLE = {"qkv_proj": "linear1:0", "mlp_fc1": "linear1:1", "out_proj": "linear2:0", "mlp_fc2": "linear2:1"}
+FLUX_SINGLE_MODULATION = {"norm.linear": "modulation.lin"}
+FLUX_SINGLE_NORMS = {"norm_q": "norm.query_norm", "norm_k": "norm.key_norm"}
 AFTER_GELU = "linear2:1"  # a part, whose rule does not tell
-QKV = {"to_qkv": ("to_q", "to_k", "to_v"), "add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj")}
+QWEN_NAMES = {
+    "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
 Z_IMAGE_NAMES: dict[str, str | tuple[str, ...]] = {
     "attention.to_qkv": "attention.qkv", "attention.to_out.0": "attention.out",
     "feed_forward.net.0.proj": ("feed_forward.w3", "feed_forward.w1"),  # diffusers' SwiGLU: value, then gate
@@ -81,16 +90,15 @@ FAMILIES = (
     Family(
         FLUX,
         "single_transformer_blocks.0.mlp_fc1.qweight",
-        in_blocks("transformer_blocks", "double_blocks", FLUX_DOUBLE)
-        | in_blocks("single_transformer_blocks", "single_blocks", FLUX_SINGLE),
+        in_blocks("transformer_blocks", "double_blocks", FLUX_DOUBLE | FLUX_DOUBLE_MODULATION | FLUX_DOUBLE_NORMS)
+        | in_blocks(
+            "single_transformer_blocks", "single_blocks", FLUX_SINGLE | FLUX_SINGLE_MODULATION | FLUX_SINGLE_NORMS
+        ),
     ),
     Family(
         QWEN_IMAGE,
         "transformer_blocks.0.attn.to_qkv.qweight",
-        {
-            f"transformer_blocks.{{i}}.attn.{source}": tuple(f"transformer_blocks.{{i}}.attn.{name}" for name in names)
-            for source, names in QKV.items()
-        },
+        in_blocks("transformer_blocks", "transformer_blocks", QWEN_NAMES),
     ),
     Family(
         Z_IMAGE,

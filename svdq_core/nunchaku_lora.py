@@ -9,7 +9,15 @@ from torch import Tensor
 from .dialects import DIFFUSERS_FLUX, SCALE_AND_SHIFT, swap_halves
 from .errors import SVDQuantError
 from .lora_checks import check_parts, wrong_shape
-from .nunchaku_files import untile
+from .nunchaku_files import (
+    FLUX_DOUBLE,
+    FLUX_DOUBLE_MODULATION,
+    FLUX_SINGLE,
+    FLUX_SINGLE_MODULATION,
+    by_vector,
+    template_of,
+    untile,
+)
 
 # Nunchaku splits linear1 by rows and linear2 by columns; every other layer is one of BFL's.
 NUNCHAKU = re.compile(
@@ -17,21 +25,9 @@ NUNCHAKU = re.compile(
     r"(norm1?(?:_context)?\.linear|(?:qkv|out)_proj(?:_context)?|mlp(?:_context)?_fc[12])\.lora_(down|up)"
 )
 NUNCHAKU_RANK = 32  # ranks of the base model's own branch, which come first in every 4-bit layer of such a file
-NUNCHAKU_DOUBLE = {
-    "qkv_proj": "img_attn.qkv",
-    "qkv_proj_context": "txt_attn.qkv",
-    "out_proj": "img_attn.proj",
-    "out_proj_context": "txt_attn.proj",
-    "mlp_fc1": "img_mlp.0",
-    "mlp_fc2": "img_mlp.2",
-    "mlp_context_fc1": "txt_mlp.0",
-    "mlp_context_fc2": "txt_mlp.2",
-}
-NUNCHAKU_SINGLE = ("qkv_proj", "mlp_fc1", "out_proj", "mlp_fc2")
 NUNCHAKU_MODULATION = {  # to BFL's name and the number of vectors it computes
-    "norm1.linear": ("img_mod.lin", 6),
-    "norm1_context.linear": ("txt_mod.lin", 6),
-    "norm.linear": ("modulation.lin", 3),
+    **{layer: (bfl, 6) for layer, bfl in FLUX_DOUBLE_MODULATION.items()},
+    **{layer: (bfl, 3) for layer, bfl in FLUX_SINGLE_MODULATION.items()},
 }
 NUNCHAKU_PLAIN = {source: target for target, source in DIFFUSERS_FLUX.items() if isinstance(source, str)} | {
     "transformer_blocks.{i}.attn.to_qkv": "double_blocks.{i}.img_attn.qkv",
@@ -58,7 +54,7 @@ def from_nunchaku(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor
             pairs.setdefault(block, {})[layer] = nunchaku_pair(tensors, prefix, layer, where)
     for block, layers in pairs.items():
         number, single = block.rsplit(".", 1)[1], block.startswith("single_")
-        expected = set(NUNCHAKU_SINGLE if single else NUNCHAKU_DOUBLE)
+        expected = set(FLUX_SINGLE if single else FLUX_DOUBLE)
         modulation = {k: bfl for k, (bfl, splits) in NUNCHAKU_MODULATION.items() if (splits == 3) == single}
         for layer in sorted(expected ^ layers.keys() - modulation.keys()):
             found = "is missing" if layer in expected else "is unexpected"
@@ -70,7 +66,7 @@ def from_nunchaku(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor
             if layer in layers:
                 add_lora(out, f"{'single' if single else 'double'}_blocks.{number}.{bfl}", *layers[layer])
         if single:
-            qkv, fc1, proj, fc2 = (layers[layer] for layer in NUNCHAKU_SINGLE)
+            qkv, fc1, proj, fc2 = (layers[layer] for layer in FLUX_SINGLE)
             if qkv[0].shape[1] != fc1[0].shape[1] or proj[1].shape[0] != fc2[1].shape[0]:
                 raise SVDQuantError(
                     f"{where}: {block}: expected as many inputs in mlp_fc1 as in qkv_proj and as many outputs in "
@@ -80,7 +76,7 @@ def from_nunchaku(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor
             add_lora(out, f"single_blocks.{number}.linear1", *stack(qkv, fc1))
             add_lora(out, f"single_blocks.{number}.linear2", *beside(proj, fc2))
         else:
-            for layer, bfl in NUNCHAKU_DOUBLE.items():
+            for layer, bfl in FLUX_DOUBLE.items():
                 add_lora(out, f"double_blocks.{number}.{bfl}", *layers[layer])
     rest = {key: t for key, t in tensors.items() if not NUNCHAKU.fullmatch(key)}
     add_nunchaku_biases(out, rest, pairs)
@@ -123,7 +119,7 @@ def nunchaku_pair(tensors: Mapping[str, Tensor], prefix: str, layer: str, where:
             f"shape {tuple(up.shape)}. The file is damaged; convert the LoRA again."
         )
     if plain:
-        up = up.view(-1, splits, rank).transpose(0, 1).reshape(-1, rank)
+        up = by_vector(up, splits)
     else:
         down, up = untile(down).t()[NUNCHAKU_RANK:], untile(up, transposed=True)[:, NUNCHAKU_RANK:]
     used = (down != 0).any(dim=1) & (up != 0).any(dim=0)
@@ -180,8 +176,7 @@ def add_nunchaku_plain(out: dict[str, Tensor], key: str, tensor: Tensor, where: 
         return
     match = re.fullmatch(r"(.*?)\.(lora_A\.weight|lora_B\.weight|weight|bias)", key)
     name, end = match.groups() if match else (key, "")
-    number = re.search(r"\.(\d+)\.", name)
-    template = name.replace(f".{number[1]}.", ".{i}.", 1) if number and "blocks." in name else name
+    template, number = template_of(name)
     bfl = NUNCHAKU_PLAIN.get(template)
     norm = "_norm" in (bfl or "")
     if bfl is None or norm != (end == "weight") or (end in ("weight", "bias") and tensor.dim() != 1):
@@ -195,6 +190,6 @@ def add_nunchaku_plain(out: dict[str, Tensor], key: str, tensor: Tensor, where: 
         )
     if DIFFUSERS_FLUX[bfl] == SCALE_AND_SHIFT and end != "lora_A.weight":
         tensor = swap_halves(tensor)
-    layer = bfl.replace("{i}", number[1]) if number else bfl
+    layer = bfl.replace("{i}", number)
     end = {"weight": "set_weight", "bias": "diff_b"}.get(end, end)
     out[f"diffusion_model.{layer}.{end}"] = tensor

@@ -3,7 +3,6 @@
 ComfyUI takes some widths of these classes for granted; here it reads them from the file (`narrow.py`).
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,10 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import small_flux
-from host.install import ROOT
-from host.prompts import run
+from host.prompts import run, template_up_to_the_vae
 from host.server import ComfyServer
-from host.workflow import to_prompt
 from narrow import Z_IMAGE as NARROW_Z_IMAGE
 from narrow import read_widths
 from sampling import assert_same, error_db, load, sample
@@ -339,24 +336,14 @@ def test_quantize_and_the_template(server: ComfyServer, host, tmp_path, name):
     server.run(graph(f"{name}_bf16", file_name=f"{name}_int4", size=64, max_prompts=2))
     facts = server.get(f"/svdquant/file?name={name}_int4.safetensors")
     assert (facts["model"], facts["blocks"], facts["ranks"]) == (family.recipe.title, [*family.blocks], [16])
-    nodes = to_prompt(
-        json.loads((ROOT / "workflows" / f"{TEMPLATES[name]}.json").read_text("utf-8")), server.get("/object_info")
-    )
+    nodes = template_up_to_the_vae(server, TEMPLATES[name])
     for id, node in [*nodes.items()]:
-        inputs = node["inputs"]
-        if node["class_type"] in ("CLIPLoader", "VAELoader", "CreateVideo", "SaveImage", "SaveVideo"):
+        if node["class_type"] == "CLIPLoader":
             del nodes[id]
         elif node["class_type"] == "CLIPTextEncode":
             nodes[id] = {"class_type": "SVDQuantTestText", "inputs": {"width": TEXT, "seed": int(id)}}
-        elif node["class_type"] == "VAEDecode":
-            nodes["save"] = {
-                "class_type": "SaveLatent",
-                "inputs": {"samples": inputs["samples"], "filename_prefix": name},
-            }
-            del nodes[id]
-        inputs |= {key: value for key, value in SMALL.items() if key in inputs}
-        if "unet_name" in inputs:
-            inputs["unet_name"] = f"{name}_int4.safetensors"
+        small = SMALL | {"unet_name": f"{name}_int4.safetensors"}
+        node["inputs"] |= {key: value for key, value in small.items() if key in node["inputs"]}
     found = run(server, nodes)
     assert found.shape == (1, 16, *([] if name == "z_image" else [family.frames]), 8, 8) and 0.1 < found.std() < 20
 
@@ -364,11 +351,8 @@ def test_quantize_and_the_template(server: ComfyServer, host, tmp_path, name):
 SMALL = {"width": 64, "height": 64, "length": 9, "steps": 4, "end_at_step": 2, "start_at_step": 0}
 
 
-def test_z_image_in_diffusers_names(host, tmp_path):
-    """As ComfyUI's own converter reads them."""
-    import comfy.model_detection
-
-    sd, theirs = random_z_image(), {}
+def z_image_in_diffusers_names(sd: dict[str, Tensor]) -> dict[str, Tensor]:
+    out = {}
     for key, tensor in sd.items():
         name, _, end = key.rpartition(".")
         template = re.sub(r"\.\d+\.", ".{i}.", name, count=1)
@@ -376,7 +360,16 @@ def test_z_image_in_diffusers_names(host, tmp_path):
         number = (re.search(r"\.(\d+)\.", key) or [None, "0"])[1]
         parts = (names,) if isinstance(names, str) else names
         for part, rows in zip(parts, tensor.chunk(len(parts))):
-            theirs[f"{part.replace('{i}', number)}.{end}" if name else key] = rows.contiguous()
+            out[f"{part.replace('{i}', number)}.{end}" if name else key] = rows.contiguous()
+    return out
+
+
+def test_z_image_in_diffusers_names(host, tmp_path):
+    """As ComfyUI's own converter reads them."""
+    import comfy.model_detection
+
+    sd = random_z_image()
+    theirs = z_image_in_diffusers_names(sd)
     assert len(theirs) == len(sd) + 12 and "all_x_embedder.2-1.weight" in theirs
     save_file(theirs, tmp_path / "z.safetensors")
     found = read_checkpoint(tmp_path / "z.safetensors")[0]

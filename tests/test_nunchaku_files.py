@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfyui_svdquant.svdq_core import QuantizedLinear, SVDQuantError, read_checkpoint
 from comfyui_svdquant.svdq_core.checkpoint import describe_file
-from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_FLUX, DIFFUSERS_Z_IMAGE
+from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_FLUX
 from comfyui_svdquant.svdq_core.formats import get_format
 from comfyui_svdquant.svdq_core.nunchaku_files import FAMILIES, Packed, read_layer
 from comfyui_svdquant.svdq_core.recipes import plan_model
@@ -23,7 +23,7 @@ import small_flux
 from narrow import read_widths
 from sampling import assert_equal_tensors, error_db, load, raw, sample, save
 from test_checkpoint import to_diffusers
-from test_families import random_qwen_image, random_z_image
+from test_families import random_qwen_image, random_z_image, z_image_in_diffusers_names
 from test_lora_files import pack as pack_half
 
 FLUX, QWEN, Z_IMAGE = FAMILIES
@@ -319,22 +319,14 @@ def quantized(sd: dict[str, Tensor], source: str, targets: list[str], fmt: str) 
     return layer if f"{targets[0]}.bias" in sd else replace(layer, bias=None)
 
 
-def in_diffusers_names(sd: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What stays 16 bit in a Z-Image."""
-    out = {}
+def in_nunchakus_names(sd: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What stays 16 bit in a Z-Image: diffusers' names, but for the feed-forward, whose w3 and w1 are one."""
+    out = z_image_in_diffusers_names({key: t for key, t in sd.items() if ".feed_forward." not in key})
     for key, tensor in sd.items():
-        name, _, end = key.rpartition(".")
-        if name.endswith(".feed_forward.w3"):
-            both = torch.cat([tensor, sd[key.replace("w3", "w1")]])
-            out[key.replace("w3", "net.0.proj")] = both
-        elif ".feed_forward." in key:
-            out |= {} if "w1" in key else {key.replace("w2", "net.2"): tensor}
-        else:
-            number = next((part for part in name.split(".") if part.isdigit()), "")
-            names = DIFFUSERS_Z_IMAGE.get(name, DIFFUSERS_Z_IMAGE.get(name.replace(f".{number}.", ".{i}.", 1), name))
-            names = (names,) if isinstance(names, str) else names
-            for part, rows in zip(names, tensor.chunk(len(names))):
-                out[f"{part.replace('{i}', number)}.{end}" if name else key] = rows.contiguous()
+        if ".feed_forward.w3." in key:
+            out[key.replace("w3", "net.0.proj")] = torch.cat([tensor, sd[key.replace("w3", "w1")]])
+        elif ".feed_forward.w2." in key:
+            out[key.replace("w2", "net.2")] = tensor
     return out
 
 
@@ -351,7 +343,7 @@ def write_both(folder: Path, sd: dict[str, Tensor], fmt: str, skip: str = "nothi
             for i, target in enumerate(targets):
                 layers[target] = layer if len(targets) == 1 else rows_of(layer, i * size, i * size + size)
     rest = {key: t for key, t in sd.items() if key.rpartition(".")[0] not in layers}
-    theirs |= in_diffusers_names(rest) if names is SWIGLU else rest
+    theirs |= in_nunchakus_names(rest) if names is SWIGLU else rest
     save_file(theirs, folder / "nunchaku.safetensors", {"config": "{}", "quantization_config": '{"rank": 32}'})
     return [small_flux.write(folder / "ours.safetensors", sd, layers), folder / "nunchaku.safetensors"]
 

@@ -57,7 +57,7 @@ def calibrate(
     device = comfy.model_management.intermediate_device()
     empty = torch.zeros(1, 4, settings.size // PIXELS, settings.size // PIXELS, device=device)
     latent = comfy.sample.fix_empty_latent_channels(model, empty, downscale_ratio_spacial=PIXELS)
-    total = len(prompts) * settings.steps
+    total, frames = len(prompts) * settings.steps, source.recipe.frames
     previewer = Previewer(model)
     started = time.monotonic()
     with ActivationCollector(source.modules(names), tokens, total, settings.seed) as collector:
@@ -72,7 +72,7 @@ def calibrate(
                     event["preview"] = picture
                 on_event(event)
 
-            prompt, start = as_long(prompt, latent, source.recipe.frames)
+            prompt, start = as_long(prompt, latent, frames)
             noise = comfy.sample.prepare_noise(start, settings.seed + i)
             comfy.sample.sample(
                 model,

@@ -1,9 +1,13 @@
 """The prompt that most tests of nodes post: text to latent with a small FLUX."""
 
+import json
+
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .install import ROOT
 from .server import ComfyServer
+from .workflow import to_prompt
 
 
 def prompt(file: str, dtype: str = "auto", cfg: float = 1.0, steps: int = 2, denoise: float = 1.0) -> dict:
@@ -45,6 +49,17 @@ def run(server: ComfyServer, graph: dict) -> Tensor:
     """The latent that a prompt saves."""
     (saved,) = server.run(graph)["outputs"]["save"]["latents"]
     return load_file(server.base / saved["type"] / saved["subfolder"] / saved["filename"])["latent_tensor"]
+
+
+def template_up_to_the_vae(server: ComfyServer, name: str) -> dict:
+    """A workflow of ours as a prompt that saves its latent, for models whose VAE is not at hand."""
+    saved = json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))
+    nodes = to_prompt(saved, server.get("/object_info"))
+    after = ("VAELoader", "VAEDecode", "CreateVideo", "SaveImage", "SaveVideo")
+    (decode,) = (node for node in nodes.values() if node["class_type"] == "VAEDecode")
+    save = {"samples": decode["inputs"]["samples"], "filename_prefix": name}
+    kept = {id: node for id, node in nodes.items() if node["class_type"] not in after}
+    return kept | {"save": {"class_type": "SaveLatent", "inputs": save}}
 
 
 def insert(graph: dict, class_type: str, **inputs) -> dict:
