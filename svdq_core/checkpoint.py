@@ -20,7 +20,7 @@ from .dialects import strip_prefix, to_comfy_names
 from .errors import SVDQuantError
 from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
-from .nunchaku_files import OTHER, NotRepresentable, Progress, family_in, is_nunchaku, marks_of, no_progress, refusal
+from .nunchaku_files import Progress, family_in, is_nunchaku, marks_of, no_progress, refusal
 from .recipes import facts_of, family_of, match_recipe, plan
 
 TOOL = "comfyui-svdquant 0.2.0"
@@ -150,13 +150,10 @@ def describe_file(path: str | os.PathLike[str]) -> FileInfo:
     details: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(tensors)}
     maker = ", made by Nunchaku" if is_nunchaku(tensors) else ""
     if maker and not any(key.startswith(TEXT_ENCODERS) for key in tensors):
-        hint = "Nunchaku's own loader, or quantize the 16-bit model here"
         if family_in(strip_prefix(tensors)) is None:
+            hint = "Nunchaku's own loader, or quantize the 16-bit model here"
             return FileInfo("nunchaku", refusal(), hint, details)
-        try:
-            tensors = to_comfy_names(tensors, str(path))
-        except NotRepresentable as error:
-            return FileInfo("nunchaku", f"{OTHER} ({str(error).removeprefix(f'{path}: ')})", hint, details)
+        tensors = to_comfy_names(tensors, str(path))
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     layers = [k.removesuffix("comfy_quant") for k in tensors if k.endswith(".comfy_quant")]
     try:

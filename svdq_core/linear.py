@@ -208,9 +208,10 @@ def check_layer(
         tensor = bias if name == "bias" else {**tensors, **branch}.get(name)
         if tensor is None:
             raise SVDQuantError(f"{prefix}{name} is missing: expected shape {shape}. The file is incomplete.")
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        shapes = (shape, (n,)) if name in fmt.by_row else (shape,)
+        if tuple(tensor.shape) not in shapes or tensor.dtype not in dtypes:
             allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise SVDQuantError(
-                f"{prefix}{name}: expected shape {shape} of {allowed}, found {tuple(tensor.shape)} of "
-                f"{str(tensor.dtype).removeprefix('torch.')}."
+                f"{prefix}{name}: expected shape {' or '.join(map(str, shapes))} of {allowed}, found "
+                f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}."
             )

@@ -119,10 +119,6 @@ def no_progress(done: int, total: int) -> None:
     """Nobody is waiting."""
 
 
-class NotRepresentable(SVDQuantError):
-    """A good file that says something for which this format has no place."""
-
-
 def marks_of(metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Keys by which ComfyUI knows a variant of a model, and which diffusers has in its config instead."""
     try:
@@ -184,17 +180,14 @@ def joined(linears: dict[str, QuantizedLinear], where: str) -> dict[str, Quantiz
         first, second = (linears.get(f"{name}:{i}") for i in range(2))
         if first is None or second is None:
             raise SVDQuantError(f"{where}: a part of {name} is missing. The file is incomplete; download it again.")
-        if first.fmt.name != "int4" or second.fmt.name != "int4":
-            raise NotRepresentable(
-                f"{where}: {name}: in NVFP4 its two parts have tensor scales of their own, and one layer has one. Use "
-                "the INT4 file of this model, or Nunchaku's own loader."
-            )
-        out[name] = above(first, second, f"{where}: {name}") if name.endswith("linear1") else beside(first, second)
+        if first.fmt is not second.fmt:
+            raise SVDQuantError(f"{where}: {name}: one of its two parts is INT4, the other is NVFP4. {INSTEAD}")
+        out[name] = (above if name.endswith("linear1") else beside)(first, second, f"{where}: {name}")
     return out
 
 
 def above(first: QuantizedLinear, second: QuantizedLinear, where: str) -> QuantizedLinear:
-    """One INT4 layer of two that read the same input, their outputs one after the other; exact."""
+    """One layer of two that read the same input, their outputs one after the other; exact."""
     (smooth, down, up), (other_smooth, other_down, other_up) = map(branch_of, (first, second))
     if (first.bias is None) != (second.bias is None):
         raise SVDQuantError(f"{where}: one of its parts has no bias. The file is incomplete; download it again.")
@@ -202,20 +195,23 @@ def above(first: QuantizedLinear, second: QuantizedLinear, where: str) -> Quanti
         raise SVDQuantError(f"{where}: its two parts have different smooth factors. {INSTEAD}")
     return replace(
         first,
-        tensors=side_by_side(first, second, weight=0, weight_scale=1),
+        tensors=side_by_side(first, second, 0),
         proj_down=torch.cat([down, other_down], 1),
         proj_up=torch.block_diag(up, other_up),
         bias=None if first.bias is None or second.bias is None else torch.cat([first.bias, second.bias]),
     )
 
 
-def beside(first: QuantizedLinear, second: QuantizedLinear) -> QuantizedLinear:
-    """One INT4 layer of two whose outputs are added, their inputs side by side.
+def beside(first: QuantizedLinear, second: QuantizedLinear, where: str) -> QuantizedLinear:
+    """One layer of two whose outputs are added, their inputs side by side.
 
     A layer's input is shifted as a whole or not at all: where only the second one's is, the bias takes the shift back.
     Weights and branches are theirs; the second input is then rounded to the signed grid, as SVDQuant Quantize has it.
+    A layer has one tensor scale, too: the first one's, and the second one's λ takes what theirs differ by.
     """
     (smooth, down, up), (other_smooth, other_down, other_up) = map(branch_of, (first, second))
+    if isinstance(first.fmt, NVFP4):
+        smooth, other_smooth = smooth.float(), other_smooth.float() / ratio_of_scales(first, second, where)
     bias = torch.zeros(up.shape[0], device=up.device)
     for layer in (first, second):
         bias = bias if layer.bias is None else bias + layer.bias.float()
@@ -224,7 +220,7 @@ def beside(first: QuantizedLinear, second: QuantizedLinear) -> QuantizedLinear:
         bias = bias + GELU_SHIFT * residual.sum(dim=1)
     return replace(
         first,
-        tensors=side_by_side(first, second, weight=1, weight_scale=0),
+        tensors=side_by_side(first, second, 1),
         smooth_factor=torch.cat([smooth, other_smooth]),
         proj_down=torch.block_diag(down, other_down),
         proj_up=torch.cat([up, other_up], 1),
@@ -238,9 +234,24 @@ def branch_of(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
     return layer.smooth_factor, layer.proj_down, layer.proj_up
 
 
-def side_by_side(first: QuantizedLinear, second: QuantizedLinear, **dims: int) -> dict[str, Tensor]:
-    """Codes and scales of two layers, each along its dimension."""
-    return {name: torch.cat([first.tensors[name], second.tensors[name]], dim) for name, dim in dims.items()}
+def side_by_side(first: QuantizedLinear, second: QuantizedLinear, dim: int) -> dict[str, Tensor]:
+    """Codes and scales of two layers, rows (0) or columns (1) of one after those of the other; NVFP4's tensor scales
+    by row, or the first one's."""
+    nvfp4 = isinstance(first.fmt, NVFP4)
+    dims = {"weight": dim, "weight_scale": dim if nvfp4 else 1 - dim}  # INT4 has a scale's rows last
+    tensors = {name: torch.cat([first.tensors[name], second.tensors[name]], dims[name]) for name in dims}
+    if nvfp4:
+        by_row = [layer.tensors["weight_scale_2"].expand(layer.shape[0]) for layer in (first, second)]
+        tensors["weight_scale_2"] = torch.cat(by_row) if dim == 0 else first.tensors["weight_scale_2"]
+    return tensors
+
+
+def ratio_of_scales(first: QuantizedLinear, second: QuantizedLinear, where: str) -> Tensor:
+    """The second layer's tensor scale in the first one's, one number for all rows."""
+    ratio = second.tensors["weight_scale_2"] / first.tensors["weight_scale_2"]
+    if not ratio.is_meta and bool((ratio != ratio.flatten()[0]).any()):
+        raise SVDQuantError(f"{where}: the tensor scales of its two parts differ by more than a factor. {INSTEAD}")
+    return ratio.flatten()[0]
 
 
 @dataclass
@@ -301,7 +312,9 @@ def read_w4a4(packed: Packed, parts: int, after_gelu: bool) -> list[QuantizedLin
     codes = unpack_codes(packed.take("qweight", (n, k // 2), (torch.int8,)))
     extra: list[dict[str, Tensor]] = [{}] * parts
     if isinstance(fmt, NVFP4):
-        codes, extra = codes.view(torch.uint8), [{"weight_scale_2": t} for t in tensor_scales(packed, n, parts)]
+        codes = codes.view(torch.uint8)
+        # of a file's header single numbers are read, the rest is on the meta device
+        extra = [{"weight_scale_2": t.to(codes.device)} for t in tensor_scales(packed, n, parts)]
         scales = unpack_micro_scales(packed.take("wscales", (k // 16, n), E4M3)).chunk(parts)
     else:
         scales = unpack_scales(packed.take("wscales", (k // 64, n), HALVES)).chunk(parts, dim=1)
@@ -336,9 +349,9 @@ def check_codes(packed: Packed, parts: int) -> tuple[int, int]:
 
 
 def tensor_scales(packed: Packed, n: int, parts: int) -> list[Tensor]:
-    """P float32 scalars from ``wtscale`` (one number) and ``wcscales (N,)``, each of which may be absent.
+    """P scales in float32, () or (N/P,), from ``wtscale`` (one number) and ``wcscales (N,)``, which may be absent.
 
-    Nunchaku takes a scale for every row; DeepCompressor repeats one over the rows of each linear that it joins.
+    DeepCompressor writes one number a layer, and the numbers of linears that it joins repeated over their rows.
     """
     found = packed.tensors.get("wtscale")
     shape = () if found is not None and found.dim() == 0 else (1,)
@@ -347,17 +360,7 @@ def tensor_scales(packed: Packed, n: int, parts: int) -> list[Tensor]:
     rows = packed.maybe("wcscales", (n,), HALVES)
     if rows is None:
         return [scale.clone() for _ in range(parts)]
-    scales = []
-    for part in unpack_vector(rows).float().chunk(parts):
-        if not part.is_meta and bool((part != part[0]).any()):
-            raise packed.error(
-                "wcscales",
-                f"expected one scale for all rows of a layer, found {len(part.unique())}, from "
-                f"{float(part.min()):.3g} to {float(part.max()):.3g}: {NVFP4.disk_name} has one tensor scale a layer. "
-                "Use the INT4 file of this model, or Nunchaku's own loader.",
-            )
-        scales.append(scale * part[0])
-    return scales
+    return [scale * part for part in unpack_vector(rows).float().chunk(parts)]
 
 
 def unpack_branch(packed: Packed, n: int, k: int) -> tuple[Tensor, Tensor]:

@@ -68,11 +68,13 @@ def check(arguments: dict[str, Tensor | None], on: torch.device) -> None:
     rank=st.sampled_from([0, 1, 16, 48, 160]),
     dtype=st.sampled_from(sorted(DTYPES)),
     with_bias=st.booleans(),
+    by_row=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape(on, m, n, groups, rank, dtype, with_bias, seed):
+def test_any_shape(on, m, n, groups, rank, dtype, with_bias, by_row, seed):
     arguments = draw(m, n, groups * 64, rank, DTYPES[dtype], seed)
-    check(arguments | ({} if with_bias else {"bias": None}), on)
+    scales = torch.rand(n, generator=torch.Generator().manual_seed(seed)) * 1e-4
+    check(arguments | ({"weight_scale_2": scales} if by_row else {}) | ({} if with_bias else {"bias": None}), on)
 
 
 @pytest.mark.ptx

@@ -3,9 +3,9 @@
     y = weight_scale_2 · Σ_groups scales ⊗ weight_scale ∘ (codes weightᵀ) + hidden proj_upᵀ + bias
 
 ``codes (M, K/2)`` and ``weight (N, K/2)`` uint8 or int8 of e2m1 nibbles, low nibble = even column; ``scales (M, K/16)``
-and ``weight_scale (N, K/16)`` float8_e4m3fn; ``weight_scale_2`` float32 without dimensions; ``hidden (M, R)`` and
-``proj_up (N, R)`` bf16 or fp16, R >= 0; ``bias (N,)`` or None. K a multiple of 64. Returns ``y (M, N)`` in the dtype of
-``hidden``, summed in float32.
+and ``weight_scale (N, K/16)`` float8_e4m3fn; ``weight_scale_2`` float32, one number () or one for every row (N,);
+``hidden (M, R)`` and ``proj_up (N, R)`` bf16 or fp16, R >= 0; ``bias (N,)`` or None. K a multiple of 64. Returns
+``y (M, N)`` in the dtype of ``hidden``, summed in float32.
 
 Blackwell (sm 100, 103, 120, 121) multiplies these numbers natively, scales included. Elsewhere nibbles and scales
 are multiplied in fp16 in registers, which is exact: e2m1 · e4m3 has at most six significant bits, and times 2**-7 all
@@ -74,12 +74,13 @@ def widen(nibbles, scales, ROWS: tl.constexpr, BYTES: tl.constexpr):
     return even.to(tl.float16, bitcast=True) * factor, odd.to(tl.float16, bitcast=True) * factor
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "by_row"])
 def gemm_nvfp4_kernel(
-    codes, scales, weight, weight_scale, weight_scale_2, hidden, proj_up, bias, y, M, N, K, R,
+    codes, scales, weight, weight_scale, weight_scale_2, hidden, proj_up, bias, y, M, N, K, R, by_row,
     NATIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """``by_row``: 1 if weight_scale_2 has an entry for every row, else 0."""
     tile_m, tile_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -105,7 +106,7 @@ def gemm_nvfp4_kernel(
         left_scale += BLOCK_K // 16
         right_scale += BLOCK_K // 16
 
-    factor = tl.load(weight_scale_2)
+    factor = tl.load(weight_scale_2 + tl.minimum(cols, N - 1) * by_row)[None, :]
     out = acc * (factor if NATIVE else factor * 16384.0)  # 2**-7 of either side
     out = add_branch(out, hidden, proj_up, rows, M, cols, N, R, BLOCK_R)
     if bias is not None:
@@ -132,7 +133,8 @@ def check(
     expect(op, "scales", scales, (m, half // 8), (torch.float8_e4m3fn,), device)
     expect(op, "weight", weight, (n, half), (torch.uint8, torch.int8), device)
     expect(op, "weight_scale", weight_scale, (n, half // 8), (torch.float8_e4m3fn,), device)
-    expect(op, "weight_scale_2", weight_scale_2, (), (torch.float32,), device)
+    by_row = (n,) if weight_scale_2.dim() else ()
+    expect(op, "weight_scale_2", weight_scale_2, by_row, (torch.float32,), device)
     expect(op, "hidden", hidden, (m, rank), FLOAT16S, device)
     expect(op, "proj_up", proj_up, (n, rank), FLOAT16S, device)
     if bias is not None:
@@ -166,7 +168,7 @@ def gemm_nvfp4(
             scales.contiguous().view(scale_type),
             weight.view(torch.uint8).contiguous(),
             weight_scale.contiguous().view(scale_type),
-            weight_scale_2,
+            weight_scale_2.contiguous(),
             hidden.contiguous(),
             proj_up.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -175,6 +177,7 @@ def gemm_nvfp4(
             n,
             2 * half,
             rank,
+            weight_scale_2.dim(),
             BLOCK_R=BLOCK_R,
             GROUP_M=8,
             **tiles,
@@ -202,7 +205,7 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     scale = "*fp8e4nv" if arch in NATIVE else "*u8"
     types = {name: "*bf16" for name in ("hidden", "proj_up", "bias", "y")}
     types |= {"codes": "*u8", "weight": "*u8", "scales": scale, "weight_scale": scale, "weight_scale_2": "*fp32"}
-    types |= {"M": "i32", "N": "i32:16", "K": "i32:16", "R": "i32:16"}
+    types |= {"M": "i32", "N": "i32:16", "K": "i32:16", "R": "i32:16", "by_row": "i32"}
     constants = {"BLOCK_R": BLOCK_R, "GROUP_M": 8}
     return {
         "large": (gemm_nvfp4_kernel, types, constants, config(arch, 4608)),

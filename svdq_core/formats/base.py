@@ -19,6 +19,7 @@ class Format(ABC):
     has_unsigned: bool = True  # an unsigned activation grid
     default_rank: int = 32
     extra_tensors: tuple[str, ...] = ()  # beside ``weight`` and ``weight_scale``
+    by_row: tuple[str, ...] = ()  # of these, which may have an entry for every row (N,) instead of one for all ()
 
     def tensor_scale(self, w: Tensor) -> Tensor:
         """The scale of the whole weight, for formats that have one (float32, no dimensions)."""

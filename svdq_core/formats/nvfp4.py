@@ -1,4 +1,4 @@
-"""NVFP4: e2m1 values, 16 columns per e4m3 scale, one float32 scale per weight (``svdquant_nvfp4``).
+"""NVFP4: e2m1 values, 16 columns per e4m3 scale, one float32 scale per weight, or per row (``svdquant_nvfp4``).
 
 Activations take an e4m3 scale per token and group and no tensor scale: after smoothing their range fits
 e4m3, and a tensor scale would cost a pass over the input or a calibrated constant.
@@ -34,6 +34,7 @@ class NVFP4(Format):
     bits = 4
     group: int = 16
     extra_tensors = ("weight_scale_2",)
+    by_row = ("weight_scale_2",)
     has_unsigned = False  # e2m1 has a sign bit, whatever the values are
 
     def tensor_scale(self, w: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class NVFP4(Format):
     def unpack(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         grid = torch.tensor(GRID + tuple(-v for v in GRID), device=tensors["weight"].device, dtype=dtype)
         values = grid[unpack_uint4(tensors["weight"]).int()].unflatten(-1, (-1, self.group))
-        scale = (tensors["weight_scale"].float() * tensors["weight_scale_2"]).to(dtype)
+        scale = (tensors["weight_scale"].float() * tensors["weight_scale_2"].reshape(-1, 1)).to(dtype)
         return values.mul_(scale.unsqueeze(-1)).flatten(-2)
 
     def round_activations(self, x: Tensor, scale_dtype: torch.dtype, unsigned: bool = False) -> Tensor:
