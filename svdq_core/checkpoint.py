@@ -23,7 +23,7 @@ from .linear import QuantizedLinear, layer_config
 from .nunchaku_files import Progress, family_in, is_nunchaku, marks_of, no_progress, refusal
 from .recipes import facts_of, family_of, match_recipe, plan
 
-TOOL = "comfyui-svdquant 0.2.0"
+TOOL = "comfyui-svdquant 0.3.0"
 METADATA_KEY = "svdquant"
 DTYPES = {
     torch.float64: "F64",

@@ -1,4 +1,5 @@
-"""GPTQ (arXiv 2210.17323): round the residual column by column, each error spread over the columns to come."""
+"""Rounding the residual: to nearest, or by GPTQ (arXiv 2210.17323), column by column, each error spread over the
+columns to come."""
 
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from .errors import SVDQuantError
 from .formats import Format
 
-BLOCK = 128  # columns whose updates are applied together
+BLOCK = 128  # columns whose updates are applied together, or whose scales are looked for together
 # Share of the mean diagonal that is added to the Hessian. More than GPTQ's usual 0.01: the layer's error on its own
 # calibration tokens is 0.1 dB larger, but the demo model's output is 0.1 dB closer, with LoRAs on it 0.2 to 0.3 dB.
 DAMP = 0.2
@@ -35,17 +36,26 @@ def hessian_factor(x: Tensor) -> Tensor:
     raise SVDQuantError("The calibration inputs of this layer hold NaN or infinity: its Hessian has no inverse.")
 
 
-def gptq(
-    weight: Tensor, x: Tensor, fmt: Format, dtype: torch.dtype, check: Callable[[], None]
-) -> tuple[Tensor, Tensor]:
-    """Codes ``(N, K)`` and scales ``(N, K/G)`` that keep ``weight xᵀ``; ``weight (N, K)``, ``x (T, K)`` float32.
+def nearest(weight: Tensor, x: Tensor, fmt: Format, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes ``(N, K)`` and scales ``(N, K/G)``, each column of ``weight (N, K)`` for itself; inputs ``x (T, K)``."""
+    tensor_scale, size = fmt.tensor_scale(weight), BLOCK if fmt.group else weight.shape[1]
+    parts = zip(weight.split(size, dim=1), x.square().mean(dim=0).split(size), strict=True)
+    scales = torch.cat([fmt.best_scales(part, power, dtype, tensor_scale) for part, power in parts], dim=1)
+    return fmt.weight_codes(weight / fmt.spread(scales, weight.shape[1])), scales
 
-    ``check`` is called once per block so that an interrupt takes effect at once.
+
+def gptq(
+    weight: Tensor, factor: Tensor, fmt: Format, dtype: torch.dtype, check: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    """Codes ``(N, K)`` and scales ``(N, K/G)`` that keep ``weight xᵀ``; ``weight (N, K)`` float32.
+
+    ``factor (K, K)`` is the inputs' :func:`hessian_factor`. ``check`` is called once per block so that an interrupt
+    takes effect at once.
     """
     w = weight.clone()
     k = w.shape[1]
     group = fmt.group or k
-    factor = hessian_factor(x)
+    costs = factor.diagonal().square().reciprocal()  # of an error in a column that those to come make the best of
     tensor_scale = fmt.tensor_scale(w)
     codes = torch.empty_like(w)
     scales = w.new_empty(w.shape[0], k // group)
@@ -55,7 +65,8 @@ def gptq(
         errors = w.new_empty(w.shape[0], stop - start)
         for i in range(start, stop):
             if i % group == 0:
-                scales[:, i // group] = fmt.weight_scales(w[:, i : i + group], dtype, tensor_scale)[:, 0]
+                there = slice(i, i + group)
+                scales[:, i // group] = fmt.best_scales(w[:, there], costs[there], dtype, tensor_scale)[:, 0]
             scale = scales[:, i // group]
             codes[:, i] = fmt.weight_codes(w[:, i] / scale)
             error = (w[:, i] - codes[:, i] * scale) / factor[i, i]

@@ -22,3 +22,40 @@ def lowrank_branch(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Te
         u, s, v = torch.svd_lowrank(weight, q=min(rank + OVERSAMPLE, n, k), niter=POWER_ITERATIONS)
     root = s[:rank].sqrt()
     return u[:, :rank] * root, v[:, :rank] * root
+
+
+def better_branch(
+    branch: tuple[Tensor, Tensor],
+    missing: Tensor,
+    factor: Tensor,
+    smooth: Tensor,
+    dtype: torch.dtype,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """``branch``, or what serves better in its place once the residual is rounded, as ``dtype`` stores it.
+
+    ``missing (N, K)`` is the smoothed weight less the rounded residual, ``factor (K, K)`` the inputs'
+    :func:`.gptq.hessian_factor`, ``H⁻¹ = factorᵀ factor``. The best rank-R branch ``B`` is that of the least
+    ``tr((missing - B) H (missing - B)ᵀ)``: of ``missing factor⁻¹`` by SVD. Both are ``proj_up (N, R)`` and
+    ``proj_down (K, R)`` of the raw input, float32.
+    """
+    rank = branch[0].shape[1]
+    if rank == 0:
+        return branch
+    wanted = whitened(missing, factor)
+    up, down = lowrank_branch(wanted, rank, seed)
+    down = factor.t() @ down
+    tiny = torch.finfo(torch.float32).tiny
+    balance = (down.norm(dim=0) / up.norm(dim=0).clamp(min=tiny)).sqrt().clamp(min=tiny)
+    up, down = (up * balance).to(dtype).float(), (down / balance / smooth.unsqueeze(1)).to(dtype).float()
+
+    def lost(branch: tuple[Tensor, Tensor]) -> float:
+        up, down = branch
+        return float((wanted - up @ whitened((down * smooth.unsqueeze(1)).t(), factor)).square().sum())
+
+    return min(branch, (up, down), key=lost)
+
+
+def whitened(rows: Tensor, factor: Tensor) -> Tensor:
+    """``rows (N, K) factor⁻¹``: their squares are what the rows cost as errors of a weight."""
+    return torch.linalg.solve_triangular(factor, rows, upper=True, left=False)

@@ -10,28 +10,33 @@ from torch import Tensor
 from .errors import SVDQuantError
 from .formats import GELU_SHIFT, Format, get_format
 from .formats.awq import AWQ
-from .gptq import gptq
+from .gptq import gptq, hessian_factor, nearest
 from .linear import QuantizedLinear
-from .lowrank import lowrank_branch
+from .lowrank import better_branch, lowrank_branch
 from .smoothing import quantized_input, smoothing_factor
 
 
 @dataclass(frozen=True)
 class SolveSettings:
-    """How hard to try. ``alphas`` is the search grid (None in it stands for no smoothing)."""
+    """How hard to try. ``alphas`` is the search grid (None in it stands for no smoothing).
+
+    In each of the ``passes`` the residual is rounded with the best scales, and the branch fitted to what that leaves.
+    Without any, it is rounded as it comes.
+    """
 
     rank: int | None = None  # None: the format's own
     residual: str = "gptq"
+    passes: int = 1
     alphas: tuple[float | None, ...] = (None, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     search_tokens: int = 512  # tokens the α search looks at; the residual is solved on all of them
     seed: int = 0
 
 
 PRESETS: dict[str, SolveSettings] = {
-    "naive": SolveSettings(rank=0, residual="rtn", alphas=(None,)),
+    "naive": SolveSettings(rank=0, residual="rtn", passes=0, alphas=(None,)),
     "fast": SolveSettings(residual="rtn", alphas=(None, 0.3, 0.5, 0.7), search_tokens=256),
     "balanced": SolveSettings(),
-    "best": SolveSettings(alphas=(None, *(i / 20 for i in range(1, 20))), search_tokens=2048),
+    "best": SolveSettings(passes=3, alphas=(None, *(i / 20 for i in range(1, 20))), search_tokens=2048),
 }
 
 
@@ -108,8 +113,9 @@ def solve_shared_input(
             try_candidate(candidate, checked, search, fmt, rank, dtype, settings.seed)
             if candidate.error < best.error or not best.branches:
                 best = candidate
+    factor = hessian_factor(x / best.smooth) if samples is not None else torch.diag(best.smooth)
     return [
-        finish(w, x, b, branch, best, fmt, settings.residual, dtype, check)
+        finish(w, x, b, branch, best, factor, fmt, settings, dtype, check)
         for w, b, branch in zip(checked, biases, best.branches, strict=True)
     ]
 
@@ -119,17 +125,22 @@ def try_candidate(
 ) -> None:
     """Fill in the branches and the output error after the branch and both quantizers (residual by RTN)."""
     shift = GELU_SHIFT if candidate.unsigned else 0.0
-    exact_input = (x + shift) / candidate.smooth
-    rounded_input = quantized_input(x, candidate.smooth, fmt, shift)
+    exact_input = x / candidate.smooth
+    rounded_input = quantized_input(x, candidate.smooth, fmt, shift) - shift / candidate.smooth  # as the bias has it
     candidate.error = 0.0
     for w in weights:
-        smoothed = w * candidate.smooth
-        up, down = stored_branch(smoothed, candidate.smooth, rank, dtype, seed)
-        rest = smoothed - up @ (down * candidate.smooth.unsqueeze(1)).t()
+        branch = stored_branch(w * candidate.smooth, candidate.smooth, rank, dtype, seed)
+        rest = less(w, candidate.smooth, branch)
         codes, scales = fmt.round_weight(rest, dtype)
         rounded = codes * fmt.spread(scales, rest.shape[1])
         candidate.error += float((exact_input @ rest.t() - rounded_input @ rounded.t()).square().sum())
-        candidate.branches.append((up, down))
+        candidate.branches.append(branch)
+
+
+def less(w: Tensor, smooth: Tensor, branch: tuple[Tensor, Tensor]) -> Tensor:
+    """What a branch leaves of the smoothed weight ``(N, K)``."""
+    up, down = branch
+    return (w * smooth).addmm_(up, (down * smooth.unsqueeze(1)).t(), alpha=-1)
 
 
 def stored_branch(smoothed: Tensor, smooth: Tensor, rank: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
@@ -147,24 +158,38 @@ def finish(
     bias: Tensor | None,
     branch: tuple[Tensor, Tensor],
     chosen: Candidate,
+    factor: Tensor,
     fmt: Format,
-    residual: str,
+    settings: SolveSettings,
     dtype: torch.dtype,
     check: Callable[[], None],
 ) -> QuantizedLinear:
-    """Quantize the residual of the chosen candidate and measure the layer's error on all samples."""
-    up, down = branch
-    shift = GELU_SHIFT if chosen.unsigned else 0.0
-    rest = w * chosen.smooth - up @ (down * chosen.smooth.unsqueeze(1)).t()
-    if residual == "gptq":
-        codes, scales = gptq(rest, (x + shift) / chosen.smooth, fmt, dtype, check)
-    else:
-        codes, scales = fmt.round_weight(rest, dtype)
+    """Quantize the residual of the chosen candidate and measure the layer's error on all samples.
+
+    ``factor (K, K)`` is the :func:`.gptq.hessian_factor` of ``x / λ``.
+    """
+    for step in range(max(1, settings.passes)):
+        rest = less(w, chosen.smooth, branch)
+        if settings.residual == "gptq":
+            codes, scales = gptq(rest, factor, fmt, dtype, check)
+        elif settings.passes:
+            codes, scales = nearest(rest, x / chosen.smooth, fmt, dtype)
+        else:
+            codes, scales = fmt.round_weight(rest, dtype)
+        tensors = fmt.pack(codes, scales, dtype, fmt.tensor_scale(rest))
+        del rest
+        rounded = codes.mul_(fmt.spread(scales, w.shape[1]))
+        if step < settings.passes:
+            check()
+            missing = (w * chosen.smooth).sub_(rounded)
+            branch = better_branch(branch, missing, factor, chosen.smooth, dtype, settings.seed)
+            del missing
     stored_bias = bias
     if chosen.unsigned:  # Σ_k (shift / λ_k) R_nk is what the shift adds to every output
-        added = (codes * fmt.spread(scales, rest.shape[1])) @ (shift / chosen.smooth)
+        added = rounded @ (GELU_SHIFT / chosen.smooth)
         stored_bias = (0 if bias is None else bias.to(w)) - added
-    tensors = fmt.pack(codes, scales, dtype, fmt.tensor_scale(rest))
+    del codes, rounded
+    up, down = branch
     layer = QuantizedLinear(
         fmt=fmt,
         tensors=tensors,

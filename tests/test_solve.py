@@ -7,10 +7,18 @@ import torch
 from comfyui_svdquant import svdq_core
 from comfyui_svdquant.svdq_core.formats import BRANCH_FORMATS, GELU_SHIFT, get_format
 from comfyui_svdquant.svdq_core.gptq import DAMP, gptq, hessian_factor
-from comfyui_svdquant.svdq_core.lowrank import lowrank_branch
+from comfyui_svdquant.svdq_core.lowrank import better_branch, lowrank_branch
 from comfyui_svdquant.svdq_core.packing import unpack_int4
 from comfyui_svdquant.svdq_core.smoothing import smoothing_factor
-from comfyui_svdquant.svdq_core.solve import PRESETS, SolveSettings, solve_linear, solve_shared_input
+from comfyui_svdquant.svdq_core.solve import (
+    PRESETS,
+    Candidate,
+    SolveSettings,
+    finish,
+    solve_linear,
+    solve_shared_input,
+    try_candidate,
+)
 
 N, K, T = 96, 256, 384
 
@@ -139,7 +147,9 @@ def test_gptq_survives_dead_and_duplicate_channels():
     w, x, _ = problem()
     x[:, 10] = 0
     x[:, 11] = x[:, 12]
-    codes, _ = gptq(w, x[:8], get_format("int4"), torch.bfloat16, lambda: None)  # fewer tokens than channels
+    codes, _ = gptq(
+        w, hessian_factor(x[:8]), get_format("int4"), torch.bfloat16, lambda: None
+    )  # fewer tokens than channels
     assert torch.isfinite(codes).all()
 
 
@@ -283,3 +293,93 @@ def test_interrupt_reaches_the_inner_loops():
     with pytest.raises(KeyboardInterrupt):
         solve_linear(w, x, check=stop)
     assert calls == 12
+
+
+# ---- the best scales, and the branch once more ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
+def test_best_scales_lose_least_of_those_tried(fmt):
+    """Against trying every factor for every group by itself; some importances are zero."""
+    fmt, g = get_format(fmt), torch.Generator().manual_seed(3)
+    w, importance = torch.randn(12, 128, generator=g), torch.rand(128, generator=g).sub_(0.2).clamp_(min=0)
+    whole = fmt.tensor_scale(w)
+    found = fmt.best_scales(w, importance, torch.bfloat16, whole)
+    losses = []
+    for factor in fmt.factors:
+        scales = fmt.weight_scales(w, torch.bfloat16, whole, factor)
+        q = fmt.weight_codes(w / fmt.spread(scales, 128)) * fmt.spread(scales, 128)
+        losses.append(((w - q).square() * importance).unflatten(1, (-1, fmt.group)).sum(-1))
+    q = fmt.weight_codes(w / fmt.spread(found, 128)) * fmt.spread(found, 128)
+    lost = ((w - q).square() * importance).unflatten(1, (-1, fmt.group)).sum(-1)
+    assert torch.allclose(lost, torch.stack(losses).amin(0), rtol=1e-5, atol=1e-9)
+    assert lost.sum() < 0.9 * losses[0].sum()
+
+
+def lost_at_outputs(missing, branch, x, smooth):
+    """Σ of the outputs' squared errors, and damping's, in float64."""
+    up, down = (half.double() for half in branch)
+    error = missing.double() - up @ (down * smooth.double().unsqueeze(1)).t()
+    h = (x / smooth).double().t() @ (x / smooth).double()
+    h += DAMP * h.diagonal().mean() * torch.eye(len(h))
+    return float(torch.trace(error @ h @ error.t()))
+
+
+@pytest.mark.parametrize("rank", [1, 16, 40])
+def test_the_better_branch_is_the_best_one(rank):
+    """Within a hundredth of the exact solution, which weights the SVD by the inputs; rounded to 16 bit."""
+    w, x, _ = problem()
+    smooth = torch.rand(K, generator=torch.Generator().manual_seed(1)) + 0.5
+    factor, missing = hessian_factor(x / smooth), w * smooth
+    plain = lowrank_branch(missing, rank)
+    plain = plain[0], plain[1] / smooth.unsqueeze(1)
+    found = better_branch(plain, missing, factor, smooth, torch.bfloat16, 0)
+    root = torch.linalg.inv(factor.double())
+    u, s, v = torch.linalg.svd(missing.double() @ root)
+    exact = u[:, :rank] * s[:rank], (v[:rank] @ factor.double() / smooth).t()
+    least = lost_at_outputs(missing, exact, x, smooth)
+    assert least * (1 - 1e-3) <= lost_at_outputs(missing, found, x, smooth) < least * 1.01
+    assert least < 0.9 * lost_at_outputs(missing, plain, x, smooth)
+    assert torch.equal(found[0], found[0].bfloat16().float()) and torch.equal(found[1], found[1].bfloat16().float())
+
+
+def test_a_branch_that_is_better_stays():
+    """INT8 leaves so little that rounding a new branch to 16 bit would cost more than it is worth."""
+    w, x, _ = problem(outliers=False)
+    branch = tuple(half.bfloat16().float() for half in lowrank_branch(w, 16))
+    missing = branch[0] @ branch[1].t() + 1e-6 * w
+    found = better_branch(branch, missing, hessian_factor(x), torch.ones(K), torch.bfloat16, 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, branch))
+    assert better_branch((w[:, :0], x[:0].t()), w, hessian_factor(x), torch.ones(K), torch.bfloat16, 0)[0].numel() == 0
+
+
+def test_passes_pay():
+    """On tokens that the solver has not seen, too."""
+    w, x, b = problem()
+    seen, unseen = x[::2], x[1::2]
+
+    def error(residual, passes, fmt="int4"):
+        settings = SolveSettings(residual=residual, passes=passes, alphas=(None, 0.5))
+        layer = solve_shared_input([w], seen, [b], get_format(fmt), settings)[0]
+        return db(layer(unseen), unseen.double() @ w.double().t() + b.double())
+
+    assert error("rtn", 1) < error("rtn", 0) - 0.5
+    assert error("gptq", 1) < error("gptq", 0) - 0.1
+    assert error("gptq", 3) < error("gptq", 1) + 0.01
+    assert error("gptq", 1, "nvfp4") < error("gptq", 0, "nvfp4") - 0.1
+
+
+def test_the_search_knows_the_error_of_the_layer():
+    """Also of a shifted input, whose shift the bias takes back with the rounded weight."""
+    w, x, b = problem(outliers=False)
+    x = torch.nn.functional.gelu(x, approximate="tanh")
+    for unsigned in (False, True):
+        candidate = Candidate(None, torch.ones(K), unsigned)
+        try_candidate(candidate, [w], x, get_format("int4"), 32, torch.bfloat16, 0)
+        settings = SolveSettings(residual="rtn", passes=0, alphas=(None,))
+        layer = finish(
+            w, x, b, candidate.branches[0], candidate, torch.eye(K), get_format("int4"), settings, torch.bfloat16,
+            lambda: None,
+        )  # fmt: skip
+        measured = 10 ** (layer.info["error_db"] / 10) * float((x @ w.t()).square().sum())
+        assert candidate.error == pytest.approx(measured, rel=0.01)

@@ -45,7 +45,7 @@ class AWQ(Format):
             "weight_zero": zero.t().contiguous().to(dtype),
         }
 
-    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor) -> Tensor:
+    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor, factor: float = 1.0) -> Tensor:
         raise NotImplementedError("W4A16 has a zero point: use solve()")
 
     weight_codes = pack = weight_scales  # type: ignore[assignment]

@@ -15,6 +15,9 @@ class Format(ABC):
     disk_name: str
     bits: int
     group: int | None  # columns that share a weight scale; None: the whole row does
+    factors: tuple[float, ...] = (
+        1.0,
+    )  # of the scale that fits a group's largest value: :meth:`best_scales` tries them
     has_branch: bool = True
     has_unsigned: bool = True  # an unsigned activation grid
     default_rank: int = 32
@@ -26,8 +29,11 @@ class Format(ABC):
         return torch.ones((), device=w.device)
 
     @abstractmethod
-    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor) -> Tensor:
-        """Scales ``(N, K/G)`` in float32 of a weight ``(N, K)``, already rounded as they will be stored."""
+    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor, factor: float = 1.0) -> Tensor:
+        """Scales ``(N, K/G)`` in float32 of a weight ``(N, K)``, already rounded as they will be stored.
+
+        With ``factor`` 1 the largest value of a group is the grid's largest, too.
+        """
 
     @abstractmethod
     def weight_codes(self, scaled: Tensor) -> Tensor:
@@ -59,6 +65,24 @@ class Format(ABC):
     def spread(self, scales: Tensor, k: int) -> Tensor:
         """Scales ``(N, K/G)`` repeated over their columns: ``(N, K)``."""
         return scales.repeat_interleave(k // scales.shape[1], dim=1)
+
+    def best_scales(self, w: Tensor, importance: Tensor, dtype: torch.dtype, tensor_scale: Tensor) -> Tensor:
+        """Scales ``(N, K/G)`` with which each group loses least: ``Σ_k importance_k (w - q(w))_k²``.
+
+        ``w (N, K)`` float32, ``importance (K,)``. A little less than what fits the largest value is mostly better for
+        the others.
+        """
+        best = self.weight_scales(w, dtype, tensor_scale)
+        if len(self.factors) == 1 or self.group is None:
+            return best
+        groups, weights = w.unflatten(-1, (-1, self.group)), importance.unflatten(-1, (-1, self.group))
+        least = torch.full_like(best, float("inf"))
+        for factor in self.factors:
+            scales = self.weight_scales(w, dtype, tensor_scale, factor)
+            spread = scales.unsqueeze(-1)
+            lost = (self.weight_codes(groups / spread) * spread - groups).square_().mul_(weights).sum(dim=-1)
+            best, least = torch.where(lost < least, scales, best), torch.minimum(lost, least)
+        return best
 
     def round_weight(self, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Round to nearest: grid values ``(N, K)`` and scales ``(N, K/G)`` of a float32 weight."""

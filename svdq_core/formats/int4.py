@@ -17,9 +17,10 @@ class Int4(Format):
     disk_name = "svdquant_w4a4"
     bits = 4
     group: int = 64
+    factors = (1.0, 0.95, 0.9, 0.875, 0.85, 0.8, 0.75)  # 7/8: -8 is a code, too
 
-    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor) -> Tensor:
-        return positive((grouped_absmax(w, self.group) / 7).to(dtype).float())
+    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor, factor: float = 1.0) -> Tensor:
+        return positive((grouped_absmax(w, self.group) * factor / 7).to(dtype).float())
 
     def weight_codes(self, scaled: Tensor) -> Tensor:
         return scaled.round().clamp(-8, 7)

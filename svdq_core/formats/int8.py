@@ -17,8 +17,8 @@ class Int8(Format):
     group = None
     default_rank = 16
 
-    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor) -> Tensor:
-        return positive((w.abs().amax(dim=1, keepdim=True) / 127).to(dtype).float())
+    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor, factor: float = 1.0) -> Tensor:
+        return positive((w.abs().amax(dim=1, keepdim=True) * factor / 127).to(dtype).float())
 
     def weight_codes(self, scaled: Tensor) -> Tensor:
         return scaled.round().clamp(-127, 127)

@@ -35,13 +35,14 @@ class NVFP4(Format):
     group: int = 16
     extra_tensors = ("weight_scale_2",)
     by_row = ("weight_scale_2",)
+    factors = (1.0, 0.85, 0.9, 0.95, 1.1, 1.2, 1.35, 1.5)  # 6/4: the largest value as a 4, which has nearer neighbours
     has_unsigned = False  # e2m1 has a sign bit, whatever the values are
 
     def tensor_scale(self, w: Tensor) -> Tensor:
         return positive(w.abs().amax() / (E4M3_MAX * E2M1_MAX))
 
-    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor) -> Tensor:
-        block = to_e4m3(grouped_absmax(w, self.group) / (E2M1_MAX * tensor_scale))
+    def weight_scales(self, w: Tensor, dtype: torch.dtype, tensor_scale: Tensor, factor: float = 1.0) -> Tensor:
+        block = to_e4m3(grouped_absmax(w, self.group) * factor / (E2M1_MAX * tensor_scale))
         return positive(block) * tensor_scale
 
     def weight_codes(self, scaled: Tensor) -> Tensor:
