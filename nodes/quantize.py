@@ -65,8 +65,8 @@ class SVDQuantQuantize(io.ComfyNode):
                     "preset",
                     options=["fast", "balanced", "best", "naive"],
                     default="balanced",
-                    tooltip="fast: fewer tries per layer, rounding to nearest. balanced: good for nearly everything. best: "
-                    "finest search. naive: no smoothing and no branch, only to compare with.",
+                    tooltip="fast: fewer tries per layer, rounding to nearest. balanced: good for nearly everything. "
+                    "best: finest search. naive: no smoothing and no branch, only to compare with.",
                 ),
                 io.Combo.Input(
                     "format",
