@@ -585,10 +585,13 @@ def check(
 def in_front(x: Tensor, before: str) -> tuple[Deferred, Tensor]:
     """An input (M, K) with something in front that is made of x, and what it stands for, rounded once."""
     k = x.shape[1]
-    if before == "gelu":
-        split = k // 2  # whole blocks of columns on both sides, as in FLUX
-        value = torch.nn.functional.gelu(x[:, split:].float(), approximate="tanh").to(x.dtype)
-        return Deferred(x[:, :split], x[:, split:]), torch.cat([x[:, :split], value], 1)
+    if before in ("gelu", "silu"):
+        head, tail = x.chunk(2, 1)  # whole blocks of columns on both sides, as in FLUX
+        if before == "gelu":
+            gate, after = None, torch.nn.functional.gelu(tail.float(), approximate="tanh")
+        else:
+            gate, after = head, torch.nn.functional.silu(head.float()) * tail.float()
+        return Deferred(head, tail, gate=gate), torch.cat([head, after.to(x.dtype)], 1)
     mult, shift = x[:1] + 1, x[-1:].clone()
     normed = torch.nn.functional.layer_norm(x.float(), (k,), eps=1e-6)
     return Deferred(x, None, mult, shift), torch.addcmul(shift.float(), normed, mult.float()).to(x.dtype)

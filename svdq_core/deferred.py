@@ -1,4 +1,5 @@
-"""Inputs that a linear's quantizer computes as it reads them: LayerNorm and modulation, GELU, and what is beside it.
+"""Inputs that a linear's quantizer computes as it reads them: LayerNorm and modulation, GELU or a gated SiLU, and what
+is beside these.
 
 Between FLUX's linears stand a norm, a modulation, a GELU, a ``torch.cat``, each of which reads and writes all tokens
 once more. Where they are deferred, the model's own code goes on with a :class:`Deferred` in place of the result; a
@@ -21,13 +22,14 @@ GROUP = 64  # columns that have a scale in common, at most: none of these may be
 class Deferred(Tensor):
     """A tensor ``(..., K)`` that is computed when it is needed, once; then it is an ordinary one, :meth:`value`.
 
-    ``head`` is ``x (..., K0)``. With ``tail``: ``[x | GELU(tail)]`` (tanh). Else ``LayerNorm(x)``, without weights, and
-    with ``mult`` and ``shift``, both (B, 1, K) or (1, 1, K) for an x (B, L, K): ``LayerNorm(x) * mult + shift``.
-    Nobody may write to these tensors before it is used.
+    ``head`` is ``x (..., K0)``. With ``tail``: ``[x | GELU(tail)]`` (tanh); with ``gate``, too: ``[x | SiLU(gate) *
+    tail]``. Else ``LayerNorm(x)``, without weights, and with ``mult`` and ``shift``, both (B, 1, K) or (1, 1, K) for an
+    x (B, L, K): ``LayerNorm(x) * mult + shift``. Nobody may write to these tensors before it is used.
     """
 
     head: Tensor
     tail: Tensor | None
+    gate: Tensor | None
     mult: Tensor | None
     shift: Tensor | None
     eps: float
@@ -44,10 +46,12 @@ class Deferred(Tensor):
         mult: Tensor | None = None,
         shift: Tensor | None = None,
         eps: float = 1e-6,
+        gate: Tensor | None = None,
     ) -> "Deferred":
         width = head.shape[-1] + (0 if tail is None else tail.shape[-1])
         self = Tensor._make_wrapper_subclass(cls, (*head.shape[:-1], width), dtype=head.dtype, device=head.device)
-        self.head, self.tail, self.mult, self.shift, self.eps = head, tail, mult, shift, eps
+        self.head, self.tail, self.gate = head, tail, gate
+        self.mult, self.shift, self.eps = mult, shift, eps
         self.computed = None
         return self
 
@@ -59,7 +63,9 @@ class Deferred(Tensor):
         """What the quantizers' kernels call it (``triton_kernels/inputs.py``); "" where they have to read the value."""
         if self.computed is not None:
             return ""
-        return "gelu" if self.tail is not None else "norm" if self.mult is not None else ""
+        if self.tail is not None:
+            return "gelu" if self.gate is None else "silu"
+        return "norm" if self.mult is not None else ""
 
     def value(self) -> Tensor:
         """The tensor itself, the same one at every call: who writes to it finds that again."""
@@ -69,7 +75,10 @@ class Deferred(Tensor):
 
     def compute(self) -> Tensor:
         if self.tail is not None:
-            after = torch.nn.functional.gelu(self.tail, approximate="tanh")
+            if self.gate is None:
+                after = torch.nn.functional.gelu(self.tail, approximate="tanh")
+            else:
+                after = torch.nn.functional.silu(self.gate) * self.tail
             return torch.cat([self.head, after], -1) if self.head.shape[-1] else after
         normed = torch.nn.functional.layer_norm(self.head, self.head.shape[-1:], eps=self.eps)
         if self.mult is None or self.shift is None:
@@ -98,6 +107,11 @@ def gelu(x: Tensor) -> Deferred:
     return Deferred(x[..., :0], x)
 
 
+def gated_silu(gate: Tensor, tail: Tensor) -> Deferred:
+    """SiLU(gate) * tail."""
+    return Deferred(tail[..., :0], tail, gate=gate)
+
+
 def modulated(shift: Tensor, normed: Tensor, mult: Tensor) -> Deferred | None:
     """``shift + normed * mult`` where that is FLUX's: a norm (B, L, K), and one row for all tokens of an image."""
     if not isinstance(normed, Deferred) or normed.dim() != 3:
@@ -112,17 +126,17 @@ def modulated(shift: Tensor, normed: Tensor, mult: Tensor) -> Deferred | None:
 
 
 def joined(tensors: list[Tensor], dim: int = 0) -> Deferred | None:
-    """``torch.cat`` of a tensor and a GELU along the columns."""
+    """``torch.cat`` of a tensor and a GELU or a gated SiLU along the columns."""
     if len(tensors) != 2:
         return None
     head, after = tensors
-    if isinstance(head, Deferred) or not isinstance(after, Deferred) or after.before != "gelu" or after.tail is None:
+    if isinstance(head, Deferred) or not isinstance(after, Deferred) or not after.before or after.tail is None:
         return None
     if dim not in (-1, head.dim() - 1) or after.head.shape[-1] or head.shape[:-1] != after.shape[:-1]:
         return None
     if (head.dtype, head.device) != (after.dtype, after.device) or head.shape[-1] % GROUP:
         return None
-    return Deferred(head, after.tail)
+    return Deferred(head, after.tail, gate=after.gate)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -137,7 +151,7 @@ def operands(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return rows(x), {}
     head = x.head.flatten(0, -2)
     if x.tail is not None:
-        return head, {"tail": x.tail.flatten(0, -2)}
+        return head, {"tail": x.tail.flatten(0, -2), "gate": None if x.gate is None else x.gate.flatten(0, -2)}
     assert x.mult is not None and x.shift is not None
     return head, {"mult": x.mult.flatten(0, -2), "shift": x.shift.flatten(0, -2), "eps": x.eps}
 
@@ -147,7 +161,7 @@ def pieces_of(x: Tensor) -> tuple[tuple[Tensor, ...], Any]:
     if not isinstance(x, Deferred) or not x.before:
         return (plain(x),), ""
     if x.tail is not None:
-        return (x.head, x.tail), x.before
+        return (x.head, x.tail) if x.gate is None else (x.head, x.tail, x.gate), x.before
     assert x.mult is not None and x.shift is not None
     return (x.head, x.mult, x.shift), (x.before, x.eps)
 
@@ -156,7 +170,7 @@ LOCAL = threading.local()
 
 
 def deferring() -> bool:
-    """Whether the code that runs is known to use norms and GELUs before it writes to what they were made of.
+    """Whether the code that runs is known to use norms and activations before it writes to what they were made of.
 
     Not where torch.compile traces it, which fuses them itself: a piece of a block, perhaps, between two graph breaks.
     """

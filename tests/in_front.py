@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 # What, batch, tokens, columns of x, columns of the tail: whole blocks of the kernels' columns, as FLUX has them.
-WHOLE = [("norm", 1, 37, 1024, 0), ("gelu", 1, 37, 512, 1024)]
+WHOLE = [("norm", 1, 37, 1024, 0), ("gelu", 1, 37, 512, 1024), ("silu", 1, 37, 512, 1024)]
 
 
 def cases(unit: int) -> st.SearchStrategy[tuple]:
@@ -17,7 +17,8 @@ def cases(unit: int) -> st.SearchStrategy[tuple]:
     columns, batch, tokens = st.integers(1, 12).map(lambda n: n * unit), st.integers(1, 3), st.integers(1, 20)
     seed = st.integers(0, 2**31)
     norm = st.tuples(st.just("norm"), batch, tokens, columns, st.just(0), seed)
-    return norm | st.tuples(st.just("gelu"), st.just(1), tokens, columns | st.just(0), columns, seed)
+    after = st.sampled_from(["gelu", "silu"])
+    return norm | st.tuples(after, st.just(1), tokens, columns | st.just(0), columns, seed)
 
 
 def draw(what: str, batch: int, tokens: int, k: int, tail: int, *rest: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -33,6 +34,10 @@ def draw(what: str, batch: int, tokens: int, k: int, tail: int, *rest: Any) -> t
         wide = (2 * random(tokens, tail + 16)).to(dtype)[:, 16:]  # a part of wider rows, as linear1 gives it
         after = torch.nn.functional.gelu(wide.double(), approximate="tanh").to(dtype)
         return x, torch.cat([x, after], 1), {"tail": wide}
+    if what == "silu":
+        gate, wide = (2 * random(tokens, 2 * tail)).to(dtype).chunk(2, 1)
+        after = (torch.nn.functional.silu(gate.double()) * wide.double()).to(dtype)
+        return x, torch.cat([x, after], 1), {"tail": wide, "gate": gate}
     mult, shift = (random(batch, k) + 1).to(dtype), random(batch, k).to(dtype)
     normed = torch.nn.functional.layer_norm(x.double(), (k,), eps=1e-6).unflatten(0, (batch, tokens))
     y = (normed * mult.double().unsqueeze(1) + shift.double().unsqueeze(1)).flatten(0, 1)
@@ -51,8 +56,8 @@ def check(op: str, x: Tensor, y: Tensor, before: dict[str, Tensor], rest: tuple[
     smooth = (torch.rand(k, generator=g) + 0.5).to(x.dtype).to(on)
     down = (torch.randn(k, 16, generator=g) / k**0.5).to(x.dtype).to(on)
     moved = {name: t.to(on) for name, t in before.items()}
-    if "tail" in moved:  # its rows stay parts of wider ones
-        moved["tail"] = torch.cat([moved["tail"][:, :16], moved["tail"]], 1)[:, 16:]
+    for name in moved.keys() & {"tail", "gate"}:  # their rows stay parts of wider ones
+        moved[name] = torch.cat([moved[name][:, :16], moved[name]], 1)[:, 16:]
     found = [t.cpu().double() for t in quantize(x.to(on), smooth, down, *rest, **moved)]
     wanted = [t.cpu().double() for t in quantize(y.to(on), smooth, down, *rest)]
     for name, each, other in zip(("codes", "scales", "hidden"), found, wanted):
@@ -72,6 +77,30 @@ def check(op: str, x: Tensor, y: Tensor, before: dict[str, Tensor], rest: tuple[
     assert ((found[1] - wanted[1]).abs() <= step * wanted[1]).all()
     room = (4 * eps * y.double().abs() + 1e-5) @ down.cpu().double().abs()
     assert ((found[2] - wanted[2]).abs() <= room).all()
+
+
+def check_huge(op: str, rest: tuple[Any, ...], on: torch.device) -> None:
+    """A gated SiLU is zero where its exponential overflows, and infinite or NaN where torch's is, in that row."""
+    quantize = getattr(import_module(f"comfyui_svdquant.triton_kernels.{op}"), op)
+    most, dtype = torch.finfo(torch.bfloat16).max, torch.bfloat16
+    gate = torch.tensor([-most, -1e4, -90, -88, -87, -1, -0.0, 0, 1, 88, 1e4, most]).repeat(3, 16)
+    gate[1, 70], gate[2, 70] = torch.inf, torch.nan
+    g = torch.Generator().manual_seed(0)
+    tail = (gate.sign() * (torch.rand(gate.shape, generator=g) < 0.5) * 0.5).to(dtype)
+    gate, smooth = gate.to(dtype), torch.ones(192, dtype=dtype, device=on)
+    down = (torch.randn(192, 16, generator=g) / 16).to(dtype).to(on)
+    y = (torch.nn.functional.silu(gate.double()) * tail.double()).to(dtype)
+    given = {"tail": tail.to(on), "gate": torch.cat([gate, gate], 1).to(on)[:, :192]}  # another stride
+    found, wanted = (
+        quantize(given["tail"][:, :0], smooth, down, *rest, **given),
+        quantize(y.to(on), smooth, down, *rest),
+    )
+    assert found[1][0].float().isfinite().all() and found[2][0].isfinite().all()
+    assert found[1][1:].float().isnan().any() or found[2][1:].isnan().any()
+    for name, each, other in zip(("codes", "scales", "hidden"), found, wanted):
+        rows = 1 if name == "codes" else 3  # those of a NaN stand for nothing
+        each, other = each[:rows].float(), other[:rows].float()
+        torch.testing.assert_close(each, other, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def decoded(op: str, rest: tuple[Any, ...], codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

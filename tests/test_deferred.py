@@ -1,4 +1,4 @@
-"""Norms and GELUs that the quantizer of the next linear computes: as tensors, in the choice, and in ComfyUI's FLUX."""
+"""Norms and activations that the quantizer of the next linear computes: as tensors, in the choice, and in ComfyUI."""
 
 import logging
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui_svdquant.svdq_core import backends, benchmark, implementations
-from comfyui_svdquant.svdq_core.deferred import Deferred, deferred, gelu, plain
+from comfyui_svdquant.svdq_core.deferred import Deferred, deferred, gated_silu, gelu, plain
 from comfyui_svdquant.svdq_core.formats import get_format
 from torch import Tensor
 
@@ -62,6 +62,12 @@ def test_it_is_the_tensor_that_torch_makes(mode):
         after = F.gelu(wide, approximate="tanh")
         pairs = [(Deferred(x), F.layer_norm(x, (64,), eps=1e-6)), (found, wanted), (gelu(wide), after)]
         pairs += [(torch.cat((x, gelu(wide)), dim), torch.cat((x, after), dim)) for dim in (2, -1)]
+        gate, tail = wide.chunk(2, -1)
+        gated = F.silu(gate) * tail
+        pairs += [
+            (gated_silu(gate, tail), gated),
+            (torch.cat((x, gated_silu(gate, tail)), 2), torch.cat((x, gated), 2)),
+        ]
         for lazy, tensor in pairs:
             assert isinstance(lazy, Deferred) and lazy.shape == tensor.shape and lazy.dtype == tensor.dtype
             assert lazy.computed is None
@@ -113,11 +119,18 @@ READ = ["triton-w4a4", "triton-w4a8-int8", "triton-w4a8-fp8", "triton-widened-in
 
 
 def inputs(k: int) -> list[tuple[Deferred, Tensor]]:
-    """A modulated norm (2, 8, k), and [x | GELU]; with what is closest to them: computed in float32, rounded once."""
+    """A modulated norm (2, 8, k), [x | GELU] and [x | gated SiLU]; with what is closest to them: computed in float32,
+    rounded once."""
     x, mult, shift = random(2, 8, k), random(2, 1, k, seed=1) + 1, random(2, 1, k, seed=2)
     normed = torch.addcmul(shift.float(), F.layer_norm(x.float(), (k,), eps=1e-6), mult.float()).bfloat16()
     joined = torch.cat((x[..., :64], gelu(x[..., 64:])), 2)
-    return [(modulated(x, mult, shift)[0], normed), (joined, Deferred(x[..., :64], x[..., 64:]).value())]
+    gate, tail = random(2, 8, 2 * (k - 64), seed=3).chunk(2, -1)
+    gated = torch.cat((x[..., :64], (F.silu(gate.float()) * tail.float()).bfloat16()), 2)
+    return [
+        (modulated(x, mult, shift)[0], normed),
+        (joined, Deferred(x[..., :64], x[..., 64:]).value()),
+        (torch.cat((x[..., :64], gated_silu(gate, tail)), 2), gated),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +139,7 @@ def inputs(k: int) -> list[tuple[Deferred, Tensor]]:
 def test_kernels_of_every_format_read_it(force, ran, fmt, name):
     force(name)
     layer, _ = backends.random_layer(get_format(fmt), 1, 256, 128, torch.device("cpu"), torch.bfloat16, 16)
-    for (x, value), before in zip(inputs(256), ("norm", "gelu")):
+    for (x, value), before in zip(inputs(256), ("norm", "gelu", "silu")):
         found = backends.linear(x, layer)
         assert ran[-1] == (f"{name}-after-{before}", (16, 256)) and x.computed is None
         wanted = backends.linear(value, layer)
@@ -229,6 +242,8 @@ def inputs_of(block) -> tuple:
 
 
 def outputs_of(block, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    if hasattr(block, "feed_forward"):
+        return outputs_of_z_image(block, dtype)
     if not hasattr(block, "modulation") or isinstance(block.modulation, Tensor):
         return outputs_of_others(block, dtype)
     *tokens, vec, pe = (t.to(dtype, copy=True) for t in inputs_of(block))  # blocks write to their inputs
@@ -247,6 +262,16 @@ def outputs_of_others(block, dtype: torch.dtype) -> Tensor:
             pe = EmbedND(128, 10000, [44, 42, 42])(torch.zeros(1, 6, 3))
             return block(img, vec.reshape(1, 1, 1, 256).repeat(1, 1, 6, 1), pe, txt)
         return torch.cat(block(img, txt, None, vec, pe.to(dtype)), 1)
+
+
+def outputs_of_z_image(block, dtype: torch.dtype, *, rows: Tensor | None = None, **named: Any) -> Tensor:
+    """The same for Z-Image's, of which some have no modulation."""
+    from comfy.ldm.flux.layers import EmbedND
+
+    x, rows = random(1, 9, 256).to(dtype), random(1, 256, seed=1) if rows is None else rows
+    pe = EmbedND(128, 256, [32, 48, 48])(torch.zeros(1, 9, 3)).movedim(1, 2)
+    with torch.no_grad():
+        return block(x, None, pe, rows.to(dtype) if block.modulation else None, **named)
 
 
 def modulations(block, vec: Tensor) -> Any:
@@ -273,12 +298,15 @@ def test_blocks(bf16_model, force, ran, monkeypatch, name, kind, wanted):
     check_block(getattr(bf16_model.model.diffusion_model, f"{kind}_blocks")[0], force, ran, monkeypatch, name, wanted)
 
 
-GATED = {"double": {"{}-after-norm": 4, "{}": 4}, "single": {"{}-after-norm": 1, "{}": 1}}
+GATED = {
+    "double": {"{}-after-norm": 4, "{}-after-silu": 2, "{}": 2},
+    "single": {"{}-after-norm": 1, "{}-after-silu": 1},
+}
 
 
 @pytest.mark.parametrize("kind", GATED)
 def test_blocks_of_flux2(flux2_model, force, ran, monkeypatch, kind):
-    """The same norms; what comes after a gated SiLU reads a tensor."""
+    """The same norms; gated SiLUs instead of GELUs."""
     block = getattr(flux2_model.model.diffusion_model, f"{kind}_blocks")[0]
     check_block(block, force, ran, monkeypatch, "triton-w4a4", GATED[kind])
 
@@ -286,6 +314,7 @@ def test_blocks_of_flux2(flux2_model, force, ran, monkeypatch, kind):
 OTHERS = {  # q, k and v of each stream read its norm
     "qwen_image": {"{}-after-norm": 6, "{}": 2, "{}-mlp-after-norm": 2},
     "wan": {"{}-after-norm": 3, "{}": 3, "{}-mlp-after-norm": 1},  # the cross-attention has a norm with weights
+    "z_image": {"{}-after-silu": 1, "{}": 4},
 }
 
 
@@ -296,7 +325,8 @@ def block_of(name: str, folder) -> Any:
     path = small_flux.write(folder / "int4.safetensors", sd, small_flux.quantize(sd))
     with read_widths():
         model = load(path, torch.bfloat16).model.diffusion_model
-    return (model.transformer_blocks if name == "qwen_image" else model.blocks)[0]
+    blocks = {"qwen_image": "transformer_blocks", "wan": "blocks", "z_image": "layers"}[name]
+    return model.get_submodule(blocks)[0]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -305,7 +335,7 @@ def test_blocks_of_other_families(host, force, ran, monkeypatch, tmp_path, name)
     check_block(block_of(name, tmp_path), force, ran, monkeypatch, "triton-w4a4", OTHERS[name])
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ("qwen_image", "wan"))
 def test_modulations_by_token(host, force, tmp_path, name):
     """Qwen-Image-Edit gives reference pictures their own, Wan 2.2 5B every frame; the same for all gives the same."""
     from comfy.ldm.flux.layers import EmbedND
@@ -322,6 +352,19 @@ def test_modulations_by_token(host, force, tmp_path, name):
             inputs = (torch.cat([vec, random(1, 256, seed=6)]), 3), (vec.repeat(2, 1), 3), (vec, None)
             found, same, one = (torch.cat(block(img, txt, None, temb, pe, i), 1) for temb, i in inputs)
     assert error_db(same, one.double()) < -30 < error_db(found, one.double())
+
+
+def test_fp16_of_z_image_is_clamped(host, force, ran, tmp_path):
+    """As ComfyUI has it: a gated SiLU that is too large for fp16 is the largest number."""
+    force("triton-w4a4")
+    block = block_of("z_image", tmp_path)
+    big = torch.full((1, 3, 256), 300.0)
+    with deferred():
+        assert isinstance(block.feed_forward._forward_silu_gating(big.bfloat16(), big.bfloat16()), Deferred)
+        clamped = block.feed_forward._forward_silu_gating(big.half(), big.half())
+    assert type(clamped) is Tensor and torch.equal(clamped, torch.full_like(clamped, 65504))
+    outputs_of(block, torch.float16)
+    assert not any("silu" in name for name, _ in ran)
 
 
 def check_block(block, force, ran, monkeypatch, name: str, wanted: dict[str, int]) -> None:
@@ -354,6 +397,19 @@ def test_nothing_is_deferred_outside_of_blocks(bf16_model, force):
         assert isinstance(block.pre_norm(x), Deferred) and isinstance(block.mlp_act(x), Deferred)
         assert type(block.pre_norm(x.float())) is Tensor
     assert type(block.pre_norm(x)) is Tensor
+
+
+def test_gated_silus_outside_of_blocks_and_with_hooks(flux2_model, force, ran):
+    """The same for FLUX.2's, which have a module within."""
+    force("triton-w4a4")
+    block, heard, x = flux2_model.model.diffusion_model.single_blocks[0], [], random(1, 5, 512)
+    assert type(block.mlp_act(x)) is Tensor
+    with deferred():
+        assert isinstance(block.mlp_act(x), Deferred) and type(block.mlp_act(x.float())) is Tensor
+    handle = block.mlp_act.gate_fn.register_forward_hook(lambda module, args, out: heard.append(type(out)))
+    outputs_of(block)
+    handle.remove()
+    assert heard == [Tensor] and not any("-after-" in name for name, _ in ran)
 
 
 def test_a_forward_of_another_plugin_gets_tensors(bf16_model, force, ran, monkeypatch):

@@ -135,7 +135,9 @@ def test_it_is_a_proper_custom_op(on):
     x, smooth, down = (t.to(on) for t in draw(5, 128, 16, torch.bfloat16, 0))
     torch.library.opcheck(torch.ops.svdquant.quantize_nvfp4.default, (x, smooth, down, True))
     torch.library.opcheck(torch.ops.svdquant.quantize_nvfp4.default, (x[:, :64], smooth, down, False, x[:, 64:]))
-    torch.library.opcheck(torch.ops.svdquant.quantize_nvfp4.default, (x, smooth, down, False, None, x[:1], x[1:2]))
+    torch.library.opcheck(
+        torch.ops.svdquant.quantize_nvfp4.default, (x, smooth, down, False, None, None, x[:1], x[1:2])
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -148,3 +150,9 @@ def test_what_stands_in_front(on, case, dtype, shifted):
 @pytest.mark.parametrize("case", in_front.WHOLE)
 def test_what_stands_in_front_of_whole_blocks(on, case):
     in_front.check("quantize_nvfp4", *in_front.draw(*case, torch.bfloat16), (True,), on)
+
+
+@pytest.mark.ptx
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, likewise
+def test_a_gated_silu_of_huge_values(on):
+    in_front.check_huge("quantize_nvfp4", (False,), on)

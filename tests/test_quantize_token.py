@@ -166,6 +166,8 @@ def test_strided_and_empty_inputs(on):
         ({"tail": torch.zeros(3, 64, dtype=torch.bfloat16)}, "tail has shape"),
         ({"tail": torch.zeros(4, 64)}, "tail is float32"),
         ({"tail": torch.zeros(4, 64, dtype=torch.bfloat16)}, "smooth_factor has shape"),
+        ({"gate": torch.zeros(4, 64)}, "gate needs a tail"),
+        ({"tail": torch.zeros(4, 64).bfloat16(), "gate": torch.zeros(4, 32).bfloat16()}, "gate has shape"),
         ({"mult": torch.ones(1, 128)}, "come together"),
         ({"mult": torch.ones(1, 128), "shift": torch.ones(2, 128)}, "shift has shape"),
         ({"mult": torch.ones(3, 128), "shift": torch.ones(3, 128)}, "cannot be shared"),
@@ -188,7 +190,7 @@ def test_it_is_a_proper_custom_op(on):
     x, smooth, down = (t.to(on) for t in draw(5, 128, 16, torch.bfloat16, 0))
     torch.library.opcheck(op, (x, smooth, down, True, "uint8"))
     torch.library.opcheck(op, (x[:, :64], smooth, down, False, "int8", x[:, 64:]))
-    torch.library.opcheck(op, (x, smooth, down, False, "int8", None, x[:1], x[1:2]))
+    torch.library.opcheck(op, (x, smooth, down, False, "int8", None, None, x[:1], x[1:2]))
 
 
 @settings(max_examples=15, deadline=None)
@@ -204,3 +206,9 @@ def test_what_stands_in_front(on, case, dtype, kind):
 def test_what_stands_in_front_of_whole_blocks(on, case, kind, unsigned):
     need(kind, on)
     in_front.check("quantize_token", *in_front.draw(*case, torch.bfloat16), (unsigned, kind), on)
+
+
+@pytest.mark.ptx
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, likewise
+def test_a_gated_silu_of_huge_values(on):
+    in_front.check_huge("quantize_token", (False, "int8"), on)

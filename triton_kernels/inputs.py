@@ -3,6 +3,7 @@
     ""      x (M, K) as it is
     "norm"  LayerNorm(x) · mult + shift: no affine weights; mult and shift (B, K), each row for M / B rows of x
     "gelu"  [x | GELU(tail)], tanh: x (M, K0) and tail (M, K - K0) side by side, K0 may be 0
+    "silu"  [x | SiLU(gate) · tail]: likewise, and gate like tail
 
 In FLUX they stand in front of every linear but the attention's last. Computed in float32 and rounded to x's dtype once:
 the quantizer goes on with that, as if it had been read.
@@ -16,7 +17,9 @@ from .common import FLOATS, expect
 from .rounding import reciprocal
 
 
-def columns(op: str, x: Tensor, tail: Tensor | None, mult: Tensor | None, shift: Tensor | None) -> int:
+def columns(
+    op: str, x: Tensor, tail: Tensor | None, gate: Tensor | None, mult: Tensor | None, shift: Tensor | None
+) -> int:
     """K; :class:`ValueError` that names what does not fit."""
     if x.dim() != 2:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (M, K).")
@@ -26,6 +29,10 @@ def columns(op: str, x: Tensor, tail: Tensor | None, mult: Tensor | None, shift:
             raise ValueError(f"{op}: tail and mult exclude each other.")
         expect(op, "tail", tail, (x.shape[0], tail.shape[-1]), (x.dtype,), x.device)
         k += tail.shape[1]
+    if gate is not None:
+        if tail is None:
+            raise ValueError(f"{op}: gate needs a tail.")
+        expect(op, "gate", gate, tuple(tail.shape), (x.dtype,), x.device)
     if mult is not None and shift is not None:
         expect(op, "mult", mult, (mult.shape[0], k), FLOATS, x.device)
         expect(op, "shift", shift, tuple(mult.shape), FLOATS, x.device)
@@ -39,20 +46,22 @@ def columns(op: str, x: Tensor, tail: Tensor | None, mult: Tensor | None, shift:
 
 
 def arguments(
-    x: Tensor, tail: Tensor | None, mult: Tensor | None, shift: Tensor | None, eps: float
+    x: Tensor, tail: Tensor | None, gate: Tensor | None, mult: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[dict[str, object], int]:
     """The kernel's arguments for the input, and into how many parts of equal height its rows are cut."""
     x = x if x.stride(1) == 1 else x.contiguous()
     if tail is not None:
         tail = tail if tail.stride(1) == 1 else tail.contiguous()
+        if gate is not None and gate.stride() != tail.stride():  # the kernels know one
+            tail, gate = tail.contiguous(), gate.contiguous()
     parts = 1 if mult is None else mult.shape[0]
     read = x if x.shape[1] or tail is None else tail  # none of x is; its address and stride would make another kernel
     given: dict[str, object] = {
-        "x": read, "stride_m": read.stride(0), "tail": tail, "split": x.shape[1],
+        "x": read, "stride_m": read.stride(0), "tail": tail, "gate": gate, "split": x.shape[1],
         "tail_stride": 0 if tail is None else tail.stride(0),
         "mult": None if mult is None else mult.contiguous(), "shift": None if shift is None else shift.contiguous(),
         "rows_per_mod": x.shape[0] // parts, "eps": eps,
-        "BEFORE": "gelu" if tail is not None else "" if mult is None else "norm",
+        "BEFORE": "silu" if gate is not None else "gelu" if tail is not None else "" if mult is None else "norm",
     }  # fmt: skip
     return given, parts
 
@@ -126,21 +135,32 @@ def load_input(
 
 
 @triton.jit
-def load_gelu(tail, rows, ks, K, split, tail_stride, EVEN: tl.constexpr, PTX: tl.constexpr):
+def load_tail(tail, gate, rows, ks, K, split, tail_stride, EVEN: tl.constexpr, PTX: tl.constexpr):
     """The same for the columns from split on; zero beyond the last."""
     tile = load_columns(tail, rows, ks - split, K - split, tail_stride, EVEN)
     # A number for every row keeps Triton from doing all of this once more in the layout of the product's operand.
-    slope = tl.where(rows >= 0, SLOPE, 0.0)[:, None]
-    return gelu(tile.to(tl.float32), slope, PTX).to(tile.dtype)
+    if gate is None:
+        slope = tl.where(rows >= 0, SLOPE, 0.0)[:, None]
+        return gelu(tile.to(tl.float32), slope, PTX).to(tile.dtype)
+    else:
+        slope = tl.where(rows >= 0, SILU_SLOPE, 0.0)[:, None]
+        wide = load_columns(gate, rows, ks - split, K - split, tail_stride, EVEN).to(tl.float32)
+        return (times_sigmoid(wide, wide * slope, PTX) * tile.to(tl.float32)).to(tile.dtype)
 
 
 SLOPE = tl.constexpr(-2.302208198144325)  # -2 √(2/π) / ln 2
+SILU_SLOPE = tl.constexpr(-1.4426950408889634)  # -1 / ln 2
 
 
 @triton.jit
 def gelu(x, slope, PTX: tl.constexpr):
     """GELU with tanh of float32: x · sigmoid(2 √(2/π) (x + 0.044715 x³)), as 1 + tanh(u) = 2 sigmoid(2u); base 2."""
-    power = x * tl.fma(x * x, 0.044715 * SLOPE, slope)
+    return times_sigmoid(x, x * tl.fma(x * x, 0.044715 * SLOPE, slope), PTX)
+
+
+@triton.jit
+def times_sigmoid(x, power, PTX: tl.constexpr):
+    """``x / (1 + 2^power)`` of float32; zero where that overflows."""
     if PTX:
         e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [power], tl.float32, is_pure=True, pack=1)
     else:
@@ -151,11 +171,11 @@ def gelu(x, slope, PTX: tl.constexpr):
 
 # For the kernels' `compile_cases`: types of the scalars, and what a plain input has not.
 TYPES = {"stride_m": "i32:16", "tail_stride": "i32:16", "split": "i32:16", "rows_per_mod": "i32", "eps": "fp32"}
-PLAIN = {"tail": None, "mult": None, "shift": None, "BEFORE": ""}
+PLAIN = {"tail": None, "gate": None, "mult": None, "shift": None, "BEFORE": ""}
 
 
 def input_case(before: str) -> tuple[dict[str, str], dict[str, object]]:
     """Types and constants of bf16 inputs with something in front."""
-    given = ("tail",) if before == "gelu" else ("mult", "shift")
+    given = {"gelu": ("tail",), "silu": ("tail", "gate"), "norm": ("mult", "shift")}[before]
     constants = {name: value for name, value in PLAIN.items() if name not in given}
     return dict.fromkeys(given, "*bf16"), constants | {"BEFORE": before}

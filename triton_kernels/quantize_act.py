@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, group_scales, pack_codes, quotient, round_to_code
-from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
+from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_input, load_tail, moments, rows_of_program
 from .launching import launch
 from .tiles import Tiles, measured
 
@@ -34,6 +34,7 @@ WIDER = tl.constexpr(4)  # blocks at once, where nothing but mean and variance i
 def quantize_act_kernel(
     x,
     tail,
+    gate,
     mult,
     shift,
     smooth_ptr,
@@ -74,10 +75,10 @@ def quantize_act_kernel(
             tile, smooth_ptr, codes_ptr, scales_ptr, rows, row_mask, start, split, M, K,
             UNSIGNED, EVEN, BLOCK_M, BLOCK_K, PTX,
         )  # fmt: skip
-    if BEFORE == "gelu":
+    if tail is not None:
         for start in range(split, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            tile = load_gelu(tail, rows, k, K, split, tail_stride, EVEN, PTX)
+            tile = load_tail(tail, gate, rows, k, K, split, tail_stride, EVEN, PTX)
             hidden = project(tile, down_ptr, k, K, ranks, R, down_stride_k, down_stride_r, hidden, BLOCK_R, EVEN)
             store_codes(
                 tile, smooth_ptr, codes_ptr, scales_ptr, rows, row_mask, start, K, M, K,
@@ -176,17 +177,18 @@ def quantize_act(
     proj_down: Tensor,
     act_unsigned: bool,
     tail: Tensor | None = None,
+    gate: Tensor | None = None,
     mult: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and hidden of x: see the top of this file; of more than x, if there is a tail or mult and shift:
     :mod:`.inputs`."""
-    k, m, rank = check(x, smooth_factor, proj_down, tail, mult, shift), x.shape[0], proj_down.shape[1]
+    k, m, rank = check(x, smooth_factor, proj_down, tail, gate, mult, shift), x.shape[0], proj_down.shape[1]
     codes, scales, hidden = outputs(x, k, rank)
     if m == 0:
         return codes, scales, hidden
-    given, parts = arguments(x, tail, mult, shift, eps)
+    given, parts = arguments(x, tail, gate, mult, shift, eps)
     found = measured(f"quantize_act {given['BEFORE']}".strip(), CHOICES, x.device, m, k, rank)
     conf = config(arch(x.device), rank, x.dtype, given["BEFORE"] == "", found)
     width = conf["BLOCK_K"] * (WIDER.value if given["BEFORE"] == "norm" else 1)
@@ -211,11 +213,12 @@ def quantize_act_fake(
     proj_down: Tensor,
     act_unsigned: bool,
     tail: Tensor | None = None,
+    gate: Tensor | None = None,
     mult: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return outputs(x, check(x, smooth_factor, proj_down, tail, mult, shift), proj_down.shape[1])
+    return outputs(x, check(x, smooth_factor, proj_down, tail, gate, mult, shift), proj_down.shape[1])
 
 
 def compile_cases(arch: str) -> dict[str, tuple]:
@@ -223,7 +226,8 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types = {name: "*bf16" for name in ("x", "smooth_ptr", "down_ptr", "scales_ptr", "hidden_ptr")}
     types |= {"codes_ptr": "*i8", "M": "i32", "K": "i32:16", "R": "i32:16", "down_stride_k": "i32:16"} | TYPES
     whole = {"down_stride_r": 1, "UNSIGNED": False, "EVEN": True}
-    signed, ragged, norm, gelu = whole | PLAIN, whole | PLAIN | {"EVEN": False}, input_case("norm"), input_case("gelu")
+    signed, ragged = whole | PLAIN, whole | PLAIN | {"EVEN": False}
+    norm, gelu, silu = map(input_case, ("norm", "gelu", "silu"))
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
     fp32 = {name: t.replace("bf16", "fp32") for name, t in types.items()}
     kernel, bf16 = quantize_act_kernel, torch.bfloat16
@@ -233,6 +237,7 @@ def compile_cases(arch: str) -> dict[str, tuple]:
         "unsigned": (kernel, fp16, ragged | {"UNSIGNED": True}, config(arch, 32, torch.float16, True)),
         "norm": (kernel, types | norm[0], whole | norm[1], in_front),
         "gelu": (kernel, types | gelu[0], whole | gelu[1] | {"UNSIGNED": True}, in_front),
+        "silu": (kernel, types | silu[0], whole | silu[1], in_front),
         "rank 160": (kernel, types, ragged, config(arch, 160, bf16, True)),
         "float32": (kernel, fp32, ragged, config(arch, 160, torch.float32, True)),
     }

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect
-from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
+from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_input, load_tail, moments, rows_of_program
 from .launching import launch
 from .quantize_token import GELU_SHIFT, block_r, project, smoothed
 from .rounding import divide, magnitude_bits, reciprocal, round_half_even
@@ -69,7 +69,7 @@ def encode_e2m1(v):
 
 @triton.jit(do_not_specialize=["M", "rows_per_mod"])
 def quantize_nvfp4_kernel(
-    x, tail, mult, shift, smooth, down, codes, scales, hidden,
+    x, tail, gate, mult, shift, smooth, down, codes, scales, hidden,
     M, K, R, split, stride_m, tail_stride, rows_per_mod, eps,
     SHIFT: tl.constexpr, BEFORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN: tl.constexpr, PTX: tl.constexpr,
@@ -85,9 +85,9 @@ def quantize_nvfp4_kernel(
         tile = load_input(x, mult, shift, rows, part, k + block, K, split, stride_m, mean, rstd, BEFORE, EVEN)
         acc = project(tile, down, k + block, split, rs, R, acc, EVEN)
         store_codes(tile, smooth, codes, scales, rows, inside, k, split, K, SHIFT, BLOCK_M, BLOCK_K, EVEN, PTX)
-    if BEFORE == "gelu":
+    if tail is not None:
         for k in range(split, K, BLOCK_K):
-            tile = load_gelu(tail, rows, k + block, K, split, tail_stride, EVEN, PTX)
+            tile = load_tail(tail, gate, rows, k + block, K, split, tail_stride, EVEN, PTX)
             acc = project(tile, down, k + block, K, rs, R, acc, EVEN)
             store_codes(tile, smooth, codes, scales, rows, inside, k, K, K, SHIFT, BLOCK_M, BLOCK_K, EVEN, PTX)
     pointers = hidden + rows[:, None] * R + rs[None, :]
@@ -141,17 +141,18 @@ def quantize_nvfp4(
     proj_down: Tensor,
     act_unsigned: bool,
     tail: Tensor | None = None,
+    gate: Tensor | None = None,
     mult: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(codes (M, K/2), scales (M, K/16), hidden (M, R))`` of ``x (M, K)``: see the formulas above; of more than x, if
     there is a tail or mult and shift: :mod:`.inputs`."""
-    k, m, rank = check(x, smooth_factor, proj_down, tail, mult, shift), x.shape[0], proj_down.shape[1]
+    k, m, rank = check(x, smooth_factor, proj_down, tail, gate, mult, shift), x.shape[0], proj_down.shape[1]
     codes, scales, hidden = outputs(x, k, rank)
     if m == 0:
         return codes, scales, hidden
-    given, parts = arguments(x, tail, mult, shift, eps)
+    given, parts = arguments(x, tail, gate, mult, shift, eps)
     found = measured(f"quantize_nvfp4 {given['BEFORE']}".strip(), CHOICES, x.device, m, k, rank)
     tiles, width = config(arch(x.device), found), block_r(rank)
     even = k % tiles["BLOCK_K"] == x.shape[1] % tiles["BLOCK_K"] == 0 and rank > 0 and rank % width == 0
@@ -173,11 +174,12 @@ def quantize_nvfp4_fake(
     proj_down: Tensor,
     act_unsigned: bool,
     tail: Tensor | None = None,
+    gate: Tensor | None = None,
     mult: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return outputs(x, check(x, smooth_factor, proj_down, tail, mult, shift), proj_down.shape[1])
+    return outputs(x, check(x, smooth_factor, proj_down, tail, gate, mult, shift), proj_down.shape[1])
 
 
 def compile_cases(arch: str) -> dict[str, tuple]:
@@ -187,10 +189,12 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
     signed = {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}
     shifted = signed | {"SHIFT": GELU_SHIFT}
-    kernel, tiles, norm, gelu = quantize_nvfp4_kernel, config(arch), input_case("norm"), input_case("gelu")
+    kernel, tiles = quantize_nvfp4_kernel, config(arch)
+    norm, gelu, silu = map(input_case, ("norm", "gelu", "silu"))
     return {
         "signed": (kernel, types, signed | PLAIN, tiles),
         "shifted": (kernel, fp16, shifted | PLAIN | {"BLOCK_R": 64, "EVEN": False}, tiles),
         "norm": (kernel, types | norm[0], signed | norm[1], tiles),
         "gelu": (kernel, types | gelu[0], shifted | gelu[1], tiles),
+        "silu": (kernel, types | silu[0], signed | silu[1], tiles),
     }

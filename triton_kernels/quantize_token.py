@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, arch, cdiv, custom_op, expect, quotient
-from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_gelu, load_input, moments, rows_of_program
+from .inputs import PLAIN, TYPES, arguments, columns, input_case, load_input, load_tail, moments, rows_of_program
 from .launching import launch
 from .rounding import divide, expect_e4m3, has_e4m3, magnitude_bits, reciprocal, round_half_even, safe_scale
 from .tiles import Tiles, measured
@@ -79,7 +79,7 @@ def project(x, down, ks, K, rs, R, acc, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "rows_per_mod"])
 def quantize_token_kernel(
-    x, tail, mult, shift, smooth, down, codes, scales, hidden,
+    x, tail, gate, mult, shift, smooth, down, codes, scales, hidden,
     M, K, R, split, stride_m, tail_stride, rows_per_mod, eps,
     KIND: tl.constexpr, SHIFT: tl.constexpr, BEFORE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
@@ -96,9 +96,9 @@ def quantize_token_kernel(
         tile = load_input(x, mult, shift, rows, part, k + block, K, split, stride_m, mean, rstd, BEFORE, EVEN)
         top = largest(tile, smooth, k + block, split, top, SHIFT, EVEN, PTX)
         acc = project(tile, down, k + block, split, rs, R, acc, EVEN)
-    if BEFORE == "gelu":
+    if tail is not None:
         for k in range(split, K, BLOCK_K):
-            tile = load_gelu(tail, rows, k + block, K, split, tail_stride, EVEN, PTX)
+            tile = load_tail(tail, gate, rows, k + block, K, split, tail_stride, EVEN, PTX)
             top = largest(tile, smooth, k + block, K, top, SHIFT, EVEN, PTX)
             acc = project(tile, down, k + block, K, rs, R, acc, EVEN)
     pointers = hidden + rows[:, None] * R + rs[None, :]
@@ -118,10 +118,10 @@ def quantize_token_kernel(
 
     WIDE: tl.constexpr = 2 * BLOCK_K  # without the product's tiles there are registers for more rows a thread
     wide = tl.arange(0, WIDE)
-    if BEFORE == "gelu":
+    if tail is not None:
         for back in range(0, K - split, WIDE):
             ks = split + (K - split - 1) // WIDE * WIDE - back + wide
-            tile = load_gelu(tail, rows, ks, K, split, tail_stride, EVEN, PTX)
+            tile = load_tail(tail, gate, rows, ks, K, split, tail_stride, EVEN, PTX)
             v = smoothed(tile, smooth, ks, K, SHIFT, EVEN, PTX)
             tl.store(
                 codes + rows[:, None] * K + ks[None, :],
@@ -191,20 +191,21 @@ def quantize_token(
     act_unsigned: bool,
     kind: str,
     tail: Tensor | None = None,
+    gate: Tensor | None = None,
     mult: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(codes (M, K), scales (M,), hidden (M, R))`` of ``x (M, K)``: see the formulas above; of more than x, if there
     is a tail or mult and shift: :mod:`.inputs`."""
-    k = check(x, smooth_factor, proj_down, act_unsigned, kind, tail, mult, shift)
+    k = check(x, smooth_factor, proj_down, act_unsigned, kind, tail, gate, mult, shift)
     if kind == "fp8":
         expect_e4m3("quantize_token", "kind", arch(x.device))
     m, rank = x.shape[0], proj_down.shape[1]
     codes, scales, hidden = outputs(x, k, rank, kind)
     if m == 0:
         return codes, scales, hidden
-    given, parts = arguments(x, tail, mult, shift, eps)
+    given, parts = arguments(x, tail, gate, mult, shift, eps)
     found = measured(f"quantize_token {kind} {given['BEFORE']}".strip(), CHOICES, x.device, m, k, rank)
     tiles, widest = config(arch(x.device), found), block_r(rank)
     wide = 2 * tiles["BLOCK_K"]  # the second pass takes two blocks
@@ -235,11 +236,12 @@ def quantize_token_fake(
     act_unsigned: bool,
     kind: str,
     tail: Tensor | None = None,
+    gate: Tensor | None = None,
     mult: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k = check(x, smooth_factor, proj_down, act_unsigned, kind, tail, mult, shift)
+    k = check(x, smooth_factor, proj_down, act_unsigned, kind, tail, gate, mult, shift)
     return outputs(x, k, proj_down.shape[1], kind)
 
 
@@ -250,12 +252,14 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     int8, fp16 = types | {"codes": "*i8"}, {name: t.replace("bf16", "fp16") for name, t in types.items()}
     whole = {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}
     constants, shifted = whole | PLAIN, whole | PLAIN | {"SHIFT": GELU_SHIFT, "EVEN": False}
-    kernel, tiles, norm, gelu = quantize_token_kernel, config(arch), input_case("norm"), input_case("gelu")
+    kernel, tiles = quantize_token_kernel, config(arch)
+    norm, gelu, silu = map(input_case, ("norm", "gelu", "silu"))
     cases = {
         "int8": (kernel, int8, constants | {"KIND": "int8"}, tiles),
         "uint8": (kernel, fp16 | {"codes": "*i8"}, shifted | {"KIND": "uint8"}, tiles),
         "norm": (kernel, int8 | norm[0], whole | norm[1] | {"KIND": "int8"}, tiles),
         "gelu": (kernel, int8 | gelu[0], whole | gelu[1] | {"KIND": "uint8", "SHIFT": GELU_SHIFT}, tiles),
+        "silu": (kernel, int8 | silu[0], whole | silu[1] | {"KIND": "int8"}, tiles),
     }
     if has_e4m3(arch):
         fp8 = types | {"codes": "*fp8e4nv"}

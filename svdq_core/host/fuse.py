@@ -1,12 +1,13 @@
 """What the linears of a loaded 4-bit model take over from the modules around them, in the model's own forward.
 
 ``mlp.0 -> GELU -> mlp.2`` is one op where nothing else has to see what is between them; in blocks that are known,
-norms and GELUs are :mod:`deferred <..deferred>` to the quantizer of the linear that comes next.
+norms, GELUs and gated SiLUs are :mod:`deferred <..deferred>` to the quantizer of the linear that comes next.
 """
 
 from typing import Any
 
 import comfy.ldm.flux.layers as flux
+import comfy.ldm.lumina.model as lumina
 import comfy.ldm.qwen_image.model as qwen
 import comfy.ldm.wan.model as wan
 import torch
@@ -14,7 +15,7 @@ from comfy.ops import run_every_op
 from torch import Tensor, nn
 
 from .. import backends
-from ..deferred import deferred, deferring, gelu
+from ..deferred import deferred, deferring, gated_silu, gelu
 from ..linear import QuantizedLinear
 from .layout import layer_of
 from .ops import Linear
@@ -64,8 +65,26 @@ class GELU(nn.GELU):
         return gelu(x) if deferring() and backends.may_fuse(x) else super().forward(x)
 
 
+class SiLUActivation(flux.SiLUActivation):
+    """The same for FLUX.2's gated SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (deferring() and backends.may_fuse(x)):
+            return super().forward(x)
+        return gated_silu(*x.chunk(2, dim=-1))
+
+
+class GatedFeedForward(lumina.FeedForward):
+    """The same for Z-Image's and Lumina's, whose halves come from two linears. In fp16 ComfyUI clamps the result."""
+
+    def _forward_silu_gating(self, x1: Tensor, x3: Tensor) -> Tensor:
+        if deferring() and backends.may_fuse(x1) and backends.may_fuse(x3) and x1.dtype != torch.float16:
+            return gated_silu(x1, x3)
+        return super()._forward_silu_gating(x1, x3)
+
+
 class Block(nn.Module):
-    """In front of a block of ComfyUI's that uses every norm and GELU at once: they may be deferred while it runs.
+    """In front of a block of ComfyUI's that uses every norm and activation at once: they may be deferred meanwhile.
 
     ``beside`` is another class of ComfyUI's file: a forward that somebody exchanged is not from there.
     """
@@ -100,6 +119,12 @@ class WanAttentionBlock(Block, wan.WanAttentionBlock):
     beside = wan.Head
 
 
+class JointTransformerBlock(Block, lumina.JointTransformerBlock):
+    """Z-Image's and Lumina's."""
+
+    beside = lumina.FinalLayer
+
+
 def uses_at_once(block: Block, forward: Any) -> bool:
     """Whether nobody else can get hold of a norm, and keep it while what it was made of is written to.
 
@@ -122,6 +147,7 @@ BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     flux.SingleStreamBlock: SingleStreamBlock,
     qwen.QwenImageTransformerBlock: QwenImageTransformerBlock,
     wan.WanAttentionBlock: WanAttentionBlock,
+    lumina.JointTransformerBlock: JointTransformerBlock,
 }
 
 
@@ -140,6 +166,10 @@ def fuse(model: nn.Module) -> None:
             for child in module.modules():
                 if is_gelu(child):
                     child.__class__ = GELU
+                elif type(child) is flux.SiLUActivation:
+                    child.__class__ = SiLUActivation
+                elif type(child) is lumina.FeedForward:
+                    child.__class__ = GatedFeedForward
 
 
 def is_gelu(module: nn.Module) -> bool:

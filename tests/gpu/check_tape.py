@@ -39,8 +39,9 @@ def layer(fmt: str, k: int, n: int, unsigned: bool = False, rank: int = 16, othe
 def inputs(before: str, other: bool = False) -> Tensor:
     torch.manual_seed(int(other))
     x, tail, row = (torch.randn(*size, device=GPU).bfloat16() for size in ((1, M, K), (1, M, K), (1, 1, K)))
-    if before == "gelu":
-        return Deferred(x[..., : K // 2], tail[..., K // 2 :])
+    if before in ("gelu", "silu"):
+        gate = tail[..., : K // 2] if before == "silu" else None
+        return Deferred(x[..., : K // 2], tail[..., K // 2 :], gate=gate)
     return Deferred(x, None, row, row.clone()) if before == "norm" else x
 
 
@@ -51,7 +52,7 @@ def ways() -> dict[str, tuple[Implementation, str, bool]]:
         "w4a8": ("int4", "triton-w4a8-int8", "norm", False),
         "widened": ("int4", "triton-widened-int8", "gelu", True),
         "fp8": ("int4", "triton-widened-fp8", "", False),
-        "int8": ("int8", "triton-w8a8", "gelu", True),
+        "int8": ("int8", "triton-w8a8", "silu", True),
         "nvfp4": ("nvfp4", "triton-nvfp4", "norm", False),
         "awq": ("awq", "triton-w4a16", "", False),
     }
