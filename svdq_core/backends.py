@@ -593,6 +593,10 @@ def in_front(x: Tensor, before: str) -> tuple[Deferred, Tensor]:
             gate, after = head, torch.nn.functional.silu(head.float()) * tail.float()
         return Deferred(head, tail, gate=gate), torch.cat([head, after.to(x.dtype)], 1)
     mult, shift = x[:1] + 1, x[-1:].clone()
+    if before == "rms":
+        weight = (1 + shift[0] / 8).float()
+        normed = torch.nn.functional.rms_norm(x.float(), (k,), weight, 1e-6)
+        return Deferred(x, None, mult, weight=weight), (normed * mult.float()).to(x.dtype)
     normed = torch.nn.functional.layer_norm(x.float(), (k,), eps=1e-6)
     return Deferred(x, None, mult, shift), torch.addcmul(shift.float(), normed, mult.float()).to(x.dtype)
 

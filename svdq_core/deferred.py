@@ -1,4 +1,4 @@
-"""Inputs that a linear's quantizer computes as it reads them: LayerNorm and modulation, GELU or a gated SiLU, and what
+"""Inputs that a linear's quantizer computes as it reads them: a norm and its modulation, GELU or a gated SiLU, and what
 is beside these.
 
 Between FLUX's linears stand a norm, a modulation, a GELU, a ``torch.cat``, each of which reads and writes all tokens
@@ -9,6 +9,7 @@ quantized linear takes it apart (:func:`operands`), and for everything else it i
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class Deferred(Tensor):
 
     ``head`` is ``x (..., K0)``. With ``tail``: ``[x | GELU(tail)]`` (tanh); with ``gate``, too: ``[x | SiLU(gate) *
     tail]``. Else ``LayerNorm(x)``, without weights, and with ``mult`` and ``shift``, both (B, 1, K) or (1, 1, K) for an
-    x (B, L, K): ``LayerNorm(x) * mult + shift``. Nobody may write to these tensors before it is used.
+    x (B, L, K): ``LayerNorm(x) * mult + shift``. With ``weight (K,)``, in float32: ``RMSNorm(x, weight)``, or with such
+    a ``mult`` ``RMSNorm(x, weight) * mult``. Nobody may write to these tensors before it is used.
     """
 
     head: Tensor
@@ -32,6 +34,7 @@ class Deferred(Tensor):
     gate: Tensor | None
     mult: Tensor | None
     shift: Tensor | None
+    weight: Tensor | None
     eps: float
     computed: Tensor | None
 
@@ -47,11 +50,12 @@ class Deferred(Tensor):
         shift: Tensor | None = None,
         eps: float = 1e-6,
         gate: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> "Deferred":
         width = head.shape[-1] + (0 if tail is None else tail.shape[-1])
         self = Tensor._make_wrapper_subclass(cls, (*head.shape[:-1], width), dtype=head.dtype, device=head.device)
         self.head, self.tail, self.gate = head, tail, gate
-        self.mult, self.shift, self.eps = mult, shift, eps
+        self.mult, self.shift, self.weight, self.eps = mult, shift, weight, eps
         self.computed = None
         return self
 
@@ -65,7 +69,15 @@ class Deferred(Tensor):
             return ""
         if self.tail is not None:
             return "gelu" if self.gate is None else "silu"
+        if self.weight is not None:
+            return "rms"
         return "norm" if self.mult is not None else ""
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """By what an RMSNorm without weight is multiplied, (B, K) or (1, K) in float32."""
+        assert self.weight is not None
+        return self.weight.unsqueeze(0) if self.mult is None else (self.weight * self.mult).flatten(0, -2)
 
     def value(self) -> Tensor:
         """The tensor itself, the same one at every call: who writes to it finds that again."""
@@ -80,7 +92,11 @@ class Deferred(Tensor):
             else:
                 after = torch.nn.functional.silu(self.gate) * self.tail
             return torch.cat([self.head, after], -1) if self.head.shape[-1] else after
-        normed = torch.nn.functional.layer_norm(self.head, self.head.shape[-1:], eps=self.eps)
+        width = self.head.shape[-1:]
+        if self.weight is not None:
+            normed = torch.nn.functional.rms_norm(self.head, width, self.weight.to(self.dtype), self.eps)
+            return normed if self.mult is None else normed * self.mult
+        normed = torch.nn.functional.layer_norm(self.head, width, eps=self.eps)
         if self.mult is None or self.shift is None:
             return normed
         return torch.addcmul(self.shift, normed, self.mult)
@@ -90,6 +106,8 @@ class Deferred(Tensor):
         further = None
         if func is aten.addcmul.default and not kwargs:
             further = modulated(*args)
+        elif func is aten.mul.Tensor:
+            further = scaled(*args)
         elif func is aten.cat.default and not kwargs:
             further = joined(*args)
         if further is not None:
@@ -114,15 +132,27 @@ def gated_silu(gate: Tensor, tail: Tensor) -> Deferred:
 
 def modulated(shift: Tensor, normed: Tensor, mult: Tensor) -> Deferred | None:
     """``shift + normed * mult`` where that is FLUX's: a norm (B, L, K), and one row for all tokens of an image."""
-    if not isinstance(normed, Deferred) or normed.dim() != 3:
+    if not isinstance(normed, Deferred) or not (is_row(mult, normed) and is_row(shift, normed)):
         return None
-    if normed.computed is not None or normed.tail is not None or normed.mult is not None:
+    if normed.computed is not None or normed.before:
         return None
-    row = (normed.shape[0], 1, normed.shape[2])
-    for t in (mult, shift):
-        if isinstance(t, Deferred) or t.shape != row or t.dtype != normed.dtype or t.device != normed.device:
-            return None
     return Deferred(normed.head, None, mult, shift, normed.eps)
+
+
+def scaled(normed: Tensor, mult: Tensor) -> Deferred | None:
+    """``normed * mult`` where that is Z-Image's: an RMSNorm (B, L, K), and one row for all tokens of an image."""
+    if not isinstance(normed, Deferred) or not is_row(mult, normed):
+        return None
+    if normed.before != "rms" or normed.mult is not None:
+        return None
+    return Deferred(normed.head, None, mult, eps=normed.eps, weight=normed.weight)
+
+
+def is_row(t: Any, x: Tensor) -> bool:
+    """Whether t is one row for all tokens of an image ``x (B, L, K)``."""
+    if not isinstance(t, Tensor) or isinstance(t, Deferred) or x.dim() != 3:
+        return False
+    return t.shape == (x.shape[0], 1, x.shape[2]) and t.dtype == x.dtype and t.device == x.device
 
 
 def joined(tensors: list[Tensor], dim: int = 0) -> Deferred | None:
@@ -152,6 +182,8 @@ def operands(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     head = x.head.flatten(0, -2)
     if x.tail is not None:
         return head, {"tail": x.tail.flatten(0, -2), "gate": None if x.gate is None else x.gate.flatten(0, -2)}
+    if x.weight is not None:
+        return head, {"mult": x.scale, "eps": x.eps}
     assert x.mult is not None and x.shift is not None
     return head, {"mult": x.mult.flatten(0, -2), "shift": x.shift.flatten(0, -2), "eps": x.eps}
 
@@ -162,6 +194,8 @@ def pieces_of(x: Tensor) -> tuple[tuple[Tensor, ...], Any]:
         return (plain(x),), ""
     if x.tail is not None:
         return (x.head, x.tail) if x.gate is None else (x.head, x.tail, x.gate), x.before
+    if x.weight is not None:
+        return (x.head, x.scale), (x.before, x.eps)
     assert x.mult is not None and x.shift is not None
     return (x.head, x.mult, x.shift), (x.before, x.eps)
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 # What, batch, tokens, columns of x, columns of the tail: whole blocks of the kernels' columns, as FLUX has them.
-WHOLE = [("norm", 1, 37, 1024, 0), ("gelu", 1, 37, 512, 1024), ("silu", 1, 37, 512, 1024)]
+WHOLE = [("norm", 1, 37, 1024, 0), ("gelu", 1, 37, 512, 1024), ("rms", 1, 37, 1024, 0), ("silu", 1, 37, 512, 1024)]
 
 
 def cases(unit: int) -> st.SearchStrategy[tuple]:
     """Shapes with columns in multiples of ``unit``, and a seed."""
     columns, batch, tokens = st.integers(1, 12).map(lambda n: n * unit), st.integers(1, 3), st.integers(1, 20)
     seed = st.integers(0, 2**31)
-    norm = st.tuples(st.just("norm"), batch, tokens, columns, st.just(0), seed)
+    norm = st.tuples(st.sampled_from(["norm", "rms"]), batch, tokens, columns, st.just(0), seed)
     after = st.sampled_from(["gelu", "silu"])
     return norm | st.tuples(after, st.just(1), tokens, columns | st.just(0), columns, seed)
 
@@ -39,6 +39,10 @@ def draw(what: str, batch: int, tokens: int, k: int, tail: int, *rest: Any) -> t
         after = (torch.nn.functional.silu(gate.double()) * wide.double()).to(dtype)
         return x, torch.cat([x, after], 1), {"tail": wide, "gate": gate}
     mult, shift = (random(batch, k) + 1).to(dtype), random(batch, k).to(dtype)
+    if what == "rms":  # the product of a weight and a modulation is in float32
+        normed = torch.nn.functional.rms_norm(x.double(), (k,), eps=1e-6).unflatten(0, (batch, tokens))
+        mult = mult.float() * 1.01
+        return x, (normed * mult.double().unsqueeze(1)).flatten(0, 1).to(dtype), {"mult": mult}
     normed = torch.nn.functional.layer_norm(x.double(), (k,), eps=1e-6).unflatten(0, (batch, tokens))
     y = (normed * mult.double().unsqueeze(1) + shift.double().unsqueeze(1)).flatten(0, 1)
     return x, y.to(dtype), {"mult": mult, "shift": shift}
@@ -80,27 +84,29 @@ def check(op: str, x: Tensor, y: Tensor, before: dict[str, Tensor], rest: tuple[
 
 
 def check_huge(op: str, rest: tuple[Any, ...], on: torch.device) -> None:
-    """A gated SiLU is zero where its exponential overflows, and infinite or NaN where torch's is, in that row."""
+    """Infinite and NaN where torch's are, in that row; zero where an exponential, or a sum of squares, overflows."""
     quantize = getattr(import_module(f"comfyui_svdquant.triton_kernels.{op}"), op)
     most, dtype = torch.finfo(torch.bfloat16).max, torch.bfloat16
-    gate = torch.tensor([-most, -1e4, -90, -88, -87, -1, -0.0, 0, 1, 88, 1e4, most]).repeat(3, 16)
-    gate[1, 70], gate[2, 70] = torch.inf, torch.nan
+    x = torch.tensor([-most, -1e4, -90, -88, -87, -1, -0.0, 0, 1, 88, 1e4, most]).repeat(3, 16)
+    x[1, 70], x[2, 70] = torch.inf, torch.nan
     g = torch.Generator().manual_seed(0)
-    tail = (gate.sign() * (torch.rand(gate.shape, generator=g) < 0.5) * 0.5).to(dtype)
-    gate, smooth = gate.to(dtype), torch.ones(192, dtype=dtype, device=on)
-    down = (torch.randn(192, 16, generator=g) / 16).to(dtype).to(on)
-    y = (torch.nn.functional.silu(gate.double()) * tail.double()).to(dtype)
-    given = {"tail": tail.to(on), "gate": torch.cat([gate, gate], 1).to(on)[:, :192]}  # another stride
-    found, wanted = (
-        quantize(given["tail"][:, :0], smooth, down, *rest, **given),
-        quantize(y.to(on), smooth, down, *rest),
-    )
-    assert found[1][0].float().isfinite().all() and found[2][0].isfinite().all()
-    assert found[1][1:].float().isnan().any() or found[2][1:].isnan().any()
-    for name, each, other in zip(("codes", "scales", "hidden"), found, wanted):
-        rows = 1 if name == "codes" else 3  # those of a NaN stand for nothing
-        each, other = each[:rows].float(), other[:rows].float()
-        torch.testing.assert_close(each, other, rtol=0, atol=0, equal_nan=True, msg=name)
+    tail = (x.sign() * (torch.rand(x.shape, generator=g) < 0.5) * 0.5).to(dtype)
+    x, mult = x.to(dtype), torch.rand(1, 192, generator=g)
+    smooth, down = torch.ones(192, dtype=dtype, device=on), (torch.randn(192, 16, generator=g) / 16).to(dtype).to(on)
+    gated = (torch.nn.functional.silu(x.double()) * tail.double()).to(dtype)
+    normed = (torch.nn.functional.rms_norm(x.float(), (192,), eps=1e-6) * mult).to(dtype)
+    other_stride = torch.cat([x, x], 1).to(on)[:, :192]
+    for y, head, before in (
+        (gated, tail[:, :0], {"tail": tail.to(on), "gate": other_stride}),
+        (normed, x, {"mult": mult.to(on)}),
+    ):
+        found, wanted = quantize(head.to(on), smooth, down, *rest, **before), quantize(y.to(on), smooth, down, *rest)
+        assert found[1][0].float().isfinite().all() and found[2][0].isfinite().all()
+        assert found[1][1].float().isnan().any() and found[1][2].float().isnan().any()
+        for name, each, other in zip(("codes", "scales", "hidden"), found, wanted):
+            rows = 1 if name == "codes" else 3  # those of a NaN stand for nothing
+            each, other = each[:rows].float(), other[:rows].float()
+            torch.testing.assert_close(each, other, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def decoded(op: str, rest: tuple[Any, ...], codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,10 @@ def modulated(x: Tensor, mult: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return torch.addcmul(shift, Deferred(x), mult), torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), mult)
 
 
+def rms(x: Tensor, weight: Tensor) -> Deferred:
+    return Deferred(x, eps=1e-5, weight=weight.float())
+
+
 # ---- as tensors
 
 
@@ -68,6 +72,9 @@ def test_it_is_the_tensor_that_torch_makes(mode):
             (gated_silu(gate, tail), gated),
             (torch.cat((x, gated_silu(gate, tail)), 2), torch.cat((x, gated), 2)),
         ]
+        weight, mult = random(64, seed=4), random(2, 1, 64, seed=5)
+        normed = F.rms_norm(x, (64,), weight, 1e-5)
+        pairs += [(rms(x, weight), normed), (rms(x, weight) * mult, normed * mult)]
         for lazy, tensor in pairs:
             assert isinstance(lazy, Deferred) and lazy.shape == tensor.shape and lazy.dtype == tensor.dtype
             assert lazy.computed is None
@@ -99,6 +106,22 @@ def test_a_modulation_that_kernels_do_not_know_is_computed(rows):
     assert not isinstance(found, Deferred) and torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("by", [random(2, 5, 64), random(64), random(2, 1, 64).float(), 2.0, "modulated", "again"])
+def test_a_product_that_kernels_do_not_know_is_computed(by):
+    """Of a norm with weights, and of one without."""
+    x, weight, mult, shift = random(2, 5, 64), random(64, seed=1), random(2, 1, 64, seed=2), random(2, 1, 64, seed=3)
+    normed = F.rms_norm(x, (64,), weight, 1e-5)
+    if by == "modulated":
+        found, wanted = torch.addcmul(shift, rms(x, weight), mult), torch.addcmul(shift, normed, mult)
+    elif by == "again":
+        found, wanted = rms(x, weight) * mult * mult, normed * mult * mult
+    else:
+        found, wanted = rms(x, weight) * by, normed * by
+        without = Deferred(x) * by
+        assert not isinstance(without, Deferred) and torch.equal(without, F.layer_norm(x, (64,), eps=1e-6) * by)
+    assert not isinstance(found, Deferred) and torch.equal(found, wanted)
+
+
 def test_a_cat_that_kernels_do_not_know_is_computed():
     x, wide = random(1, 5, 64), random(1, 5, 64, seed=1)
     after = F.gelu(wide, approximate="tanh")
@@ -119,15 +142,17 @@ READ = ["triton-w4a4", "triton-w4a8-int8", "triton-w4a8-fp8", "triton-widened-in
 
 
 def inputs(k: int) -> list[tuple[Deferred, Tensor]]:
-    """A modulated norm (2, 8, k), [x | GELU] and [x | gated SiLU]; with what is closest to them: computed in float32,
+    """Modulated norms (2, 8, k), [x | GELU], [x | gated SiLU]; with what is closest to them: computed in float32, and
     rounded once."""
     x, mult, shift = random(2, 8, k), random(2, 1, k, seed=1) + 1, random(2, 1, k, seed=2)
     normed = torch.addcmul(shift.float(), F.layer_norm(x.float(), (k,), eps=1e-6), mult.float()).bfloat16()
     joined = torch.cat((x[..., :64], gelu(x[..., 64:])), 2)
     gate, tail = random(2, 8, 2 * (k - 64), seed=3).chunk(2, -1)
     gated = torch.cat((x[..., :64], (F.silu(gate.float()) * tail.float()).bfloat16()), 2)
+    scaled = (F.rms_norm(x.float(), (k,), shift[0, 0].float(), 1e-5) * mult.float()).bfloat16()
     return [
         (modulated(x, mult, shift)[0], normed),
+        (rms(x, shift[0, 0]) * mult, scaled),
         (joined, Deferred(x[..., :64], x[..., 64:]).value()),
         (torch.cat((x[..., :64], gated_silu(gate, tail)), 2), gated),
     ]
@@ -139,7 +164,7 @@ def inputs(k: int) -> list[tuple[Deferred, Tensor]]:
 def test_kernels_of_every_format_read_it(force, ran, fmt, name):
     force(name)
     layer, _ = backends.random_layer(get_format(fmt), 1, 256, 128, torch.device("cpu"), torch.bfloat16, 16)
-    for (x, value), before in zip(inputs(256), ("norm", "gelu", "silu")):
+    for (x, value), before in zip(inputs(256), ("norm", "rms", "gelu", "silu")):
         found = backends.linear(x, layer)
         assert ran[-1] == (f"{name}-after-{before}", (16, 256)) and x.computed is None
         wanted = backends.linear(value, layer)
@@ -314,19 +339,22 @@ def test_blocks_of_flux2(flux2_model, force, ran, monkeypatch, kind):
 OTHERS = {  # q, k and v of each stream read its norm
     "qwen_image": {"{}-after-norm": 6, "{}": 2, "{}-mlp-after-norm": 2},
     "wan": {"{}-after-norm": 3, "{}": 3, "{}-mlp-after-norm": 1},  # the cross-attention has a norm with weights
-    "z_image": {"{}-after-silu": 1, "{}": 4},
 }
 
 
-def block_of(name: str, folder) -> Any:
-    """The first block of a family's model."""
+def model_of(name: str, folder) -> Any:
+    """A family's model."""
     family = next(family for family in FAMILIES if family.recipe.name == name)
     sd = family.make()
     path = small_flux.write(folder / "int4.safetensors", sd, small_flux.quantize(sd))
     with read_widths():
-        model = load(path, torch.bfloat16).model.diffusion_model
-    blocks = {"qwen_image": "transformer_blocks", "wan": "blocks", "z_image": "layers"}[name]
-    return model.get_submodule(blocks)[0]
+        return load(path, torch.bfloat16).model.diffusion_model
+
+
+def block_of(name: str, folder) -> Any:
+    """The first block of it."""
+    model = model_of(name, folder)
+    return (model.transformer_blocks if name == "qwen_image" else model.blocks)[0]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -335,7 +363,7 @@ def test_blocks_of_other_families(host, force, ran, monkeypatch, tmp_path, name)
     check_block(block_of(name, tmp_path), force, ran, monkeypatch, "triton-w4a4", OTHERS[name])
 
 
-@pytest.mark.parametrize("name", ("qwen_image", "wan"))
+@pytest.mark.parametrize("name", OTHERS)
 def test_modulations_by_token(host, force, tmp_path, name):
     """Qwen-Image-Edit gives reference pictures their own, Wan 2.2 5B every frame; the same for all gives the same."""
     from comfy.ldm.flux.layers import EmbedND
@@ -354,17 +382,62 @@ def test_modulations_by_token(host, force, tmp_path, name):
     assert error_db(same, one.double()) < -30 < error_db(found, one.double())
 
 
-def test_fp16_of_z_image_is_clamped(host, force, ran, tmp_path):
+@pytest.fixture(scope="module")
+def z_image(host, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "FORCED", "triton")
+        return model_of("z_image", tmp_path_factory.mktemp("z_image"))
+
+
+@pytest.mark.parametrize("blocks", ["layers", "context_refiner"])
+def test_blocks_of_z_image(z_image, force, ran, monkeypatch, blocks):
+    """Norms with weights, with a modulation and without: qkv, w1 and w3 read them, w2 the gated SiLU."""
+    wanted = {"{}-after-rms": 3, "{}-after-silu": 1, "{}": 1}
+    check_block(z_image.get_submodule(blocks)[0], force, ran, monkeypatch, "triton-w4a4", wanted)
+
+
+def test_modulation_of_parts_of_the_tokens_of_z_image(z_image, force, ran, monkeypatch):
+    """Reference pictures have that of time zero, which ComfyUI writes into slices of the norm: the same one for all
+    gives the same bits. In fp16 nothing else is deferred."""
+    force("triton-w4a4")
+    block, rows = z_image.layers[0], random(1, 256, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("comfyui_svdquant.svdq_core.host.fuse.deferring", lambda: False)
+        whole = outputs_of(block, torch.float16)
+    same, other = (
+        outputs_of_z_image(block, torch.float16, rows=torch.cat([rows, zero]), timestep_zero_index=[(3, 9)])
+        for zero in (rows, random(1, 256, seed=5))
+    )
+    assert torch.equal(same, whole) and not torch.equal(other, whole)
+    assert not any("-after-" in name for name, _ in ran)
+
+
+def test_norms_with_weights(z_image, force, monkeypatch):
+    """Those in front of linears, with the weight as ComfyUI casts and patches it."""
+    force("triton-w4a4")
+    block, x = z_image.layers[0], random(1, 5, 256)
+    for functions in ([], [lambda weight: 2 * weight]):
+        monkeypatch.setattr(block.attention_norm1, "weight_function", functions)
+        wanted = block.attention_norm1(x)
+        with deferred(), torch.no_grad():
+            found = block.attention_norm1(x)
+            assert type(block.attention_norm2(x)) is Tensor and type(block.ffn_norm1(x.float())) is Tensor
+        assert type(wanted) is Tensor and isinstance(found, Deferred) and torch.equal(found.value(), wanted)
+    with deferred(), torch.enable_grad():
+        assert type(block.ffn_norm1(x)) is Tensor
+
+
+def test_fp16_of_z_image_is_clamped(z_image, force, ran):
     """As ComfyUI has it: a gated SiLU that is too large for fp16 is the largest number."""
     force("triton-w4a4")
-    block = block_of("z_image", tmp_path)
-    big = torch.full((1, 3, 256), 300.0)
+    block, big = z_image.layers[0], torch.full((1, 3, 256), 300.0)
     with deferred():
         assert isinstance(block.feed_forward._forward_silu_gating(big.bfloat16(), big.bfloat16()), Deferred)
         clamped = block.feed_forward._forward_silu_gating(big.half(), big.half())
     assert type(clamped) is Tensor and torch.equal(clamped, torch.full_like(clamped, 65504))
     outputs_of(block, torch.float16)
-    assert not any("silu" in name for name, _ in ran)
+    counts = Counter(name for name, _ in ran)
+    assert counts["triton-w4a4-after-rms"] >= 3 and not counts["triton-w4a4-after-silu"]
 
 
 def check_block(block, force, ran, monkeypatch, name: str, wanted: dict[str, int]) -> None:
@@ -379,7 +452,7 @@ def check_block(block, force, ran, monkeypatch, name: str, wanted: dict[str, int
         patch.setattr("comfyui_svdquant.svdq_core.host.ops.deferring", lambda: False)
         ran.clear()
         before = outputs_of(block)
-        assert not any("after-norm" in called for called, _ in ran)
+        assert not any(f"after-{each}" in called for called, _ in ran for each in ("norm", "rms", "silu"))
     if name == "triton-w4a4":  # a last digit of bf16 moves 4-bit codes
         exact = outputs_of(block, torch.float32).double()
         assert error_db(found, exact) < error_db(before, exact) + 2

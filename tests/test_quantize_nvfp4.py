@@ -152,7 +152,6 @@ def test_what_stands_in_front_of_whole_blocks(on, case):
     in_front.check("quantize_nvfp4", *in_front.draw(*case, torch.bfloat16), (True,), on)
 
 
-@pytest.mark.ptx
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, likewise
-def test_a_gated_silu_of_huge_values(on):
+def test_what_stands_in_front_of_huge_values(on):
     in_front.check_huge("quantize_nvfp4", (False,), on)

@@ -2,6 +2,7 @@
 
     ""      x (M, K) as it is
     "norm"  LayerNorm(x) · mult + shift: no affine weights; mult and shift (B, K), each row for M / B rows of x
+    "rms"   RMSNorm(x) · mult: likewise; where the norm has a weight, it is in mult
     "gelu"  [x | GELU(tail)], tanh: x (M, K0) and tail (M, K - K0) side by side, K0 may be 0
     "silu"  [x | SiLU(gate) · tail]: likewise, and gate like tail
 
@@ -33,15 +34,16 @@ def columns(
         if tail is None:
             raise ValueError(f"{op}: gate needs a tail.")
         expect(op, "gate", gate, tuple(tail.shape), (x.dtype,), x.device)
-    if mult is not None and shift is not None:
+    if mult is not None:
         expect(op, "mult", mult, (mult.shape[0], k), FLOATS, x.device)
-        expect(op, "shift", shift, tuple(mult.shape), FLOATS, x.device)
+        if shift is not None:
+            expect(op, "shift", shift, tuple(mult.shape), FLOATS, x.device)
         if mult.shape[0] == 0 or x.shape[0] % mult.shape[0]:
             raise ValueError(
                 f"{op}: mult has {mult.shape[0]} rows, which {x.shape[0]} rows of x cannot be shared among."
             )
-    elif mult is not None or shift is not None:
-        raise ValueError(f"{op}: mult and shift come together.")
+    elif shift is not None:
+        raise ValueError(f"{op}: shift needs a mult.")
     return k
 
 
@@ -54,6 +56,10 @@ def arguments(
         tail = tail if tail.stride(1) == 1 else tail.contiguous()
         if gate is not None and gate.stride() != tail.stride():  # the kernels know one
             tail, gate = tail.contiguous(), gate.contiguous()
+    if tail is not None:
+        before = "gelu" if gate is None else "silu"
+    else:
+        before = "" if mult is None else "rms" if shift is None else "norm"
     parts = 1 if mult is None else mult.shape[0]
     read = x if x.shape[1] or tail is None else tail  # none of x is; its address and stride would make another kernel
     given: dict[str, object] = {
@@ -61,7 +67,7 @@ def arguments(
         "tail_stride": 0 if tail is None else tail.stride(0),
         "mult": None if mult is None else mult.contiguous(), "shift": None if shift is None else shift.contiguous(),
         "rows_per_mod": x.shape[0] // parts, "eps": eps,
-        "BEFORE": "silu" if gate is not None else "gelu" if tail is not None else "" if mult is None else "norm",
+        "BEFORE": before,
     }  # fmt: skip
     return given, parts
 
@@ -70,7 +76,7 @@ def arguments(
 def rows_of_program(M, rows_per_mod, BEFORE: tl.constexpr, BLOCK_M: tl.constexpr):
     """Rows (the last one again beyond the end), which of them are there, and their row of mult and shift."""
     block, arange = tl.program_id(0), tl.arange(0, BLOCK_M)
-    if BEFORE == "norm":  # no program has rows of two parts, so it reads one row of mult and shift
+    if BEFORE == "norm" or BEFORE == "rms":  # no program has rows of two parts, so it reads one row of mult and shift
         blocks = tl.cdiv(rows_per_mod, BLOCK_M)
         part = (block // blocks).to(tl.int64)
         row = block % blocks * BLOCK_M + arange
@@ -95,15 +101,16 @@ def moments(
     x, rows, K, stride_m, eps, BEFORE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
     """Mean and 1 / sqrt(variance + eps) of rows, BLOCKS at a step; two passes, so that a large mean does not cost the
-    variance its digits."""
-    if BEFORE != "norm":
+    variance its digits. RMSNorm: with a mean of zero."""
+    if BEFORE != "norm" and BEFORE != "rms":
         return 0.0, 0.0
     else:
         block = tl.arange(0, BLOCK_K)
         total = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
-        for k in range(0, K, BLOCK_K * BLOCKS):
-            for i in tl.static_range(BLOCKS):
-                total += load_columns(x, rows, k + i * BLOCK_K + block, K, stride_m, EVEN).to(tl.float32)
+        if BEFORE == "norm":
+            for k in range(0, K, BLOCK_K * BLOCKS):
+                for i in tl.static_range(BLOCKS):
+                    total += load_columns(x, rows, k + i * BLOCK_K + block, K, stride_m, EVEN).to(tl.float32)
         mean = tl.sum(total, axis=1) / K
         square = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
         for k in range(0, K, BLOCK_K * BLOCKS):
@@ -121,7 +128,14 @@ def load_input(
     x, mult, shift, rows, part, ks, K, split, stride_m, mean, rstd, BEFORE: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
     """The linear's input at (rows, ks) in x's dtype, for the columns before split; zero beyond them."""
-    if BEFORE == "norm":
+    if BEFORE == "rms":
+        wide = load_columns(x, rows, ks, K, stride_m, EVEN).to(tl.float32)
+        if EVEN:
+            by = tl.load(mult + part * K + ks)
+        else:
+            by = tl.load(mult + part * K + ks, mask=ks < K, other=0.0)
+        return (wide * rstd[:, None] * by.to(tl.float32)[None, :]).to(x.dtype.element_ty)
+    elif BEFORE == "norm":
         wide = load_columns(x, rows, ks, K, stride_m, EVEN).to(tl.float32)
         normed = tl.fma(wide, rstd[:, None], (-mean * rstd)[:, None])
         if EVEN:
@@ -175,7 +189,8 @@ PLAIN = {"tail": None, "gate": None, "mult": None, "shift": None, "BEFORE": ""}
 
 
 def input_case(before: str) -> tuple[dict[str, str], dict[str, object]]:
-    """Types and constants of bf16 inputs with something in front."""
-    given = {"gelu": ("tail",), "silu": ("tail", "gate"), "norm": ("mult", "shift")}[before]
+    """Types and constants of bf16 inputs with something in front; a product of weight and modulation is in float32."""
+    bf16 = {"gelu": ("tail",), "silu": ("tail", "gate"), "norm": ("mult", "shift"), "rms": ()}[before]
+    given = dict.fromkeys(bf16, "*bf16") or {"mult": "*fp32"}
     constants = {name: value for name, value in PLAIN.items() if name not in given}
-    return dict.fromkeys(given, "*bf16"), constants | {"BEFORE": before}
+    return given, constants | {"BEFORE": before}

@@ -28,6 +28,7 @@ from .tiles import Tiles, measured
 
 GELU_SHIFT = tl.constexpr(0.171875)
 WIDER = tl.constexpr(4)  # blocks at once, where nothing but mean and variance is made of them
+WIDER_RMS = tl.constexpr(2)  # as lean, and Z-Image's 3840 columns fill them
 
 
 @triton.jit(do_not_specialize=["rows_per_mod"])
@@ -64,7 +65,8 @@ def quantize_act_kernel(
     columns fit."""
     rows, inside, part = rows_of_program(M, rows_per_mod, BEFORE, BLOCK_M)
     row_mask = inside[:, None]
-    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, WIDER, EVEN)
+    blocks: tl.constexpr = WIDER if BEFORE == "norm" else WIDER_RMS
+    mean, rstd = moments(x, rows, K, stride_m, eps, BEFORE, BLOCK_K, blocks, EVEN)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R if BLOCK_R > 0 else 1)
     hidden = tl.zeros([BLOCK_M, BLOCK_R if BLOCK_R > 0 else 1], tl.float32)
     for start in range(0, split, BLOCK_K):
@@ -182,7 +184,7 @@ def quantize_act(
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and hidden of x: see the top of this file; of more than x, if there is a tail or mult and shift:
+    """Codes, scales and hidden of x: see the top of this file; of more than x, if there is a tail or a mult:
     :mod:`.inputs`."""
     k, m, rank = check(x, smooth_factor, proj_down, tail, gate, mult, shift), x.shape[0], proj_down.shape[1]
     codes, scales, hidden = outputs(x, k, rank)
@@ -191,7 +193,7 @@ def quantize_act(
     given, parts = arguments(x, tail, gate, mult, shift, eps)
     found = measured(f"quantize_act {given['BEFORE']}".strip(), CHOICES, x.device, m, k, rank)
     conf = config(arch(x.device), rank, x.dtype, given["BEFORE"] == "", found)
-    width = conf["BLOCK_K"] * (WIDER.value if given["BEFORE"] == "norm" else 1)
+    width = conf["BLOCK_K"] * {"norm": WIDER.value, "rms": WIDER_RMS.value}.get(given["BEFORE"], 1)
     even = k % width == x.shape[1] % width == 0 and rank > 0 and rank % conf["BLOCK_R"] == 0
     blocks = parts * cdiv(m // parts, conf["BLOCK_M"])
     with torch.cuda.device_of(x):
@@ -227,7 +229,7 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     types |= {"codes_ptr": "*i8", "M": "i32", "K": "i32:16", "R": "i32:16", "down_stride_k": "i32:16"} | TYPES
     whole = {"down_stride_r": 1, "UNSIGNED": False, "EVEN": True}
     signed, ragged = whole | PLAIN, whole | PLAIN | {"EVEN": False}
-    norm, gelu, silu = map(input_case, ("norm", "gelu", "silu"))
+    norm, rms, gelu, silu = map(input_case, ("norm", "rms", "gelu", "silu"))
     fp16 = {name: t.replace("bf16", "fp16") for name, t in types.items()}
     fp32 = {name: t.replace("bf16", "fp32") for name, t in types.items()}
     kernel, bf16 = quantize_act_kernel, torch.bfloat16
@@ -236,6 +238,7 @@ def compile_cases(arch: str) -> dict[str, tuple]:
         "signed": (kernel, types, signed, config(arch, 32, bf16, True)),
         "unsigned": (kernel, fp16, ragged | {"UNSIGNED": True}, config(arch, 32, torch.float16, True)),
         "norm": (kernel, types | norm[0], whole | norm[1], in_front),
+        "rms": (kernel, types | rms[0], whole | rms[1], in_front),
         "gelu": (kernel, types | gelu[0], whole | gelu[1] | {"UNSIGNED": True}, in_front),
         "silu": (kernel, types | silu[0], whole | silu[1], in_front),
         "rank 160": (kernel, types, ragged, config(arch, 160, bf16, True)),

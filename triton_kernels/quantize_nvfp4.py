@@ -147,7 +147,7 @@ def quantize_nvfp4(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(codes (M, K/2), scales (M, K/16), hidden (M, R))`` of ``x (M, K)``: see the formulas above; of more than x, if
-    there is a tail or mult and shift: :mod:`.inputs`."""
+    there is a tail or a mult: :mod:`.inputs`."""
     k, m, rank = check(x, smooth_factor, proj_down, tail, gate, mult, shift), x.shape[0], proj_down.shape[1]
     codes, scales, hidden = outputs(x, k, rank)
     if m == 0:
@@ -190,11 +190,12 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     signed = {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}
     shifted = signed | {"SHIFT": GELU_SHIFT}
     kernel, tiles = quantize_nvfp4_kernel, config(arch)
-    norm, gelu, silu = map(input_case, ("norm", "gelu", "silu"))
+    norm, rms, gelu, silu = map(input_case, ("norm", "rms", "gelu", "silu"))
     return {
         "signed": (kernel, types, signed | PLAIN, tiles),
         "shifted": (kernel, fp16, shifted | PLAIN | {"BLOCK_R": 64, "EVEN": False}, tiles),
         "norm": (kernel, types | norm[0], signed | norm[1], tiles),
+        "rms": (kernel, types | rms[0], signed | rms[1], tiles),
         "gelu": (kernel, types | gelu[0], shifted | gelu[1], tiles),
         "silu": (kernel, types | silu[0], signed | silu[1], tiles),
     }

@@ -197,7 +197,7 @@ def quantize_token(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(codes (M, K), scales (M,), hidden (M, R))`` of ``x (M, K)``: see the formulas above; of more than x, if there
-    is a tail or mult and shift: :mod:`.inputs`."""
+    is a tail or a mult: :mod:`.inputs`."""
     k = check(x, smooth_factor, proj_down, act_unsigned, kind, tail, gate, mult, shift)
     if kind == "fp8":
         expect_e4m3("quantize_token", "kind", arch(x.device))
@@ -253,11 +253,12 @@ def compile_cases(arch: str) -> dict[str, tuple]:
     whole = {"SHIFT": 0.0, "BLOCK_R": 32, "EVEN": True}
     constants, shifted = whole | PLAIN, whole | PLAIN | {"SHIFT": GELU_SHIFT, "EVEN": False}
     kernel, tiles = quantize_token_kernel, config(arch)
-    norm, gelu, silu = map(input_case, ("norm", "gelu", "silu"))
+    norm, rms, gelu, silu = map(input_case, ("norm", "rms", "gelu", "silu"))
     cases = {
         "int8": (kernel, int8, constants | {"KIND": "int8"}, tiles),
         "uint8": (kernel, fp16 | {"codes": "*i8"}, shifted | {"KIND": "uint8"}, tiles),
         "norm": (kernel, int8 | norm[0], whole | norm[1] | {"KIND": "int8"}, tiles),
+        "rms": (kernel, int8 | rms[0], whole | rms[1] | {"KIND": "int8"}, tiles),
         "gelu": (kernel, int8 | gelu[0], whole | gelu[1] | {"KIND": "uint8", "SHIFT": GELU_SHIFT}, tiles),
         "silu": (kernel, int8 | silu[0], whole | silu[1] | {"KIND": "int8"}, tiles),
     }

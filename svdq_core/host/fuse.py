@@ -10,12 +10,13 @@ import comfy.ldm.flux.layers as flux
 import comfy.ldm.lumina.model as lumina
 import comfy.ldm.qwen_image.model as qwen
 import comfy.ldm.wan.model as wan
+import comfy.ops
 import torch
-from comfy.ops import run_every_op
+from comfy.ops import cast_bias_weight, run_every_op, uncast_bias_weight
 from torch import Tensor, nn
 
 from .. import backends
-from ..deferred import deferred, deferring, gated_silu, gelu
+from ..deferred import Deferred, deferred, deferring, gated_silu, gelu
 from ..linear import QuantizedLinear
 from .layout import layer_of
 from .ops import Linear
@@ -81,6 +82,19 @@ class GatedFeedForward(lumina.FeedForward):
         if deferring() and backends.may_fuse(x1) and backends.may_fuse(x3) and x1.dtype != torch.float16:
             return gated_silu(x1, x3)
         return super()._forward_silu_gating(x1, x3)
+
+
+class RMSNorm(comfy.ops.manual_cast.RMSNorm):
+    """Z-Image's and Lumina's norms in front of linears, likewise; not where the weight may want a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (deferring() and backends.may_fuse(x)) or torch.is_grad_enabled():
+            return super().forward(x)
+        run_every_op()
+        weight, bias, stream = cast_bias_weight(self, x, offloadable=True)
+        found = Deferred(x, eps=self.eps, weight=weight.float())  # a copy: ComfyUI may need the weight's place
+        uncast_bias_weight(self, weight, bias, stream)
+        return found
 
 
 class Block(nn.Module):
@@ -163,6 +177,8 @@ def fuse(model: nn.Module) -> None:
         block = BLOCKS.get(type(module))
         if block is not None and backends.on_gpu():
             module.__class__ = block
+            if block is JointTransformerBlock:
+                module.attention_norm1.__class__ = module.ffn_norm1.__class__ = RMSNorm
             for child in module.modules():
                 if is_gelu(child):
                     child.__class__ = GELU

@@ -42,6 +42,8 @@ def inputs(before: str, other: bool = False) -> Tensor:
     if before in ("gelu", "silu"):
         gate = tail[..., : K // 2] if before == "silu" else None
         return Deferred(x[..., : K // 2], tail[..., K // 2 :], gate=gate)
+    if before == "rms":
+        return Deferred(x, None, row, weight=row[0, 0].float())
     return Deferred(x, None, row, row.clone()) if before == "norm" else x
 
 
@@ -53,7 +55,7 @@ def ways() -> dict[str, tuple[Implementation, str, bool]]:
         "widened": ("int4", "triton-widened-int8", "gelu", True),
         "fp8": ("int4", "triton-widened-fp8", "", False),
         "int8": ("int8", "triton-w8a8", "silu", True),
-        "nvfp4": ("nvfp4", "triton-nvfp4", "norm", False),
+        "nvfp4": ("nvfp4", "triton-nvfp4", "rms", False),
         "awq": ("awq", "triton-w4a16", "", False),
     }
     return {
