@@ -1,4 +1,4 @@
-"""Families besides FLUX: small random models of ComfyUI's own classes, quantized, loaded, sampled, with LoRAs.
+"""Families besides FLUX.1: small random models of ComfyUI's own classes, quantized, loaded, sampled, with LoRAs.
 
 ComfyUI takes some widths of these classes for granted; here it reads them from the file (`narrow.py`).
 """
@@ -15,6 +15,7 @@ from comfyui_svdquant.svdq_core.checkpoint import describe_file, read_checkpoint
 from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_Z_IMAGE
 from comfyui_svdquant.svdq_core.recipes import (
     CHROMA,
+    FLUX2,
     QWEN_IMAGE,
     W4A4,
     W4A16,
@@ -23,6 +24,7 @@ from comfyui_svdquant.svdq_core.recipes import (
     WAN_I2V,
     Z_IMAGE,
     Recipe,
+    facts_of,
     plan_model,
 )
 from safetensors.torch import save_file
@@ -52,7 +54,7 @@ class Family:
     lora: dict[str, str]  # a key in some trainer's dialect, and its layer
     kinds: set[str] = field(default_factory=lambda: {W4A4})
     sliced: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows of the layer, where not all
-    frames: int = 1
+    latent: tuple[int, ...] = (1, 16, 8, 8)
 
 
 def random_weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -99,6 +101,24 @@ def random_wan(model_type: str, channels: int = 16) -> dict[str, Tensor]:
 
 FAMILIES = [
     Family(
+        FLUX2,
+        small_flux.random_flux2,
+        blocks=(1, 2),
+        layers=12,
+        after_gelu=0,
+        kept={"img_in", "txt_in", "time_in", "guidance_in", "final_layer", "single_stream_modulation"}
+        | {f"double_stream_modulation_{stream}" for stream in ("img", "txt")},
+        lora={
+            "transformer.transformer_blocks.0.attn.to_k": "double_blocks.0.img_attn.qkv",
+            "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj": "single_blocks.0.linear1",
+            "base_model.model.double_blocks.0.txt_mlp.0": "double_blocks.0.txt_mlp.0",
+            "single_blocks.1.linear2": "single_blocks.1.linear2",
+            "lora_unet_double_blocks_0_img_mlp_2": "double_blocks.0.img_mlp.2",
+        },
+        sliced={"transformer.transformer_blocks.0.attn.to_k": (WIDTH, 2 * WIDTH)},
+        latent=(1, 128, 4, 4),
+    ),
+    Family(
         CHROMA,
         lambda: small_flux.random_chroma(WIDTH, GUIDANCE),
         blocks=(1, 2),
@@ -127,6 +147,7 @@ FAMILIES = [
             "lora_unet_transformer_blocks_0_img_mod_1": "transformer_blocks.0.img_mod.1",
             "lora_transformer_transformer_blocks_0_attn_to_v": "transformer_blocks.0.attn.to_v",
         },
+        latent=(1, 16, 1, 8, 8),
     ),
     Family(
         Z_IMAGE,
@@ -163,7 +184,7 @@ FAMILIES = [
             "text_embedding.2": "text_embedding.2",
             "lora_unet_blocks_0_self_attn_v": "blocks.0.self_attn.v",
         },
-        frames=3,
+        latent=(1, 16, 3, 8, 8),
     ),
     Family(
         WAN_I2V,
@@ -177,7 +198,7 @@ FAMILIES = [
             "blocks.0.cross_attn.v_img": "blocks.0.cross_attn.v_img",
             "transformer.blocks.0.attn2.add_k_proj": "blocks.0.cross_attn.k_img",
         },
-        frames=3,
+        latent=(1, 16, 3, 8, 8),
     ),
 ]  # fmt: skip
 
@@ -238,7 +259,7 @@ def test_what_is_not_quantized_is_as_it_was(family, files):
 
 
 def sampled(model: Any, family: Family) -> Tensor:
-    return sample(model, latent=torch.zeros(1, 16, family.frames, 8, 8) if family.frames > 1 else None)
+    return sample(model, latent=torch.zeros(family.latent))
 
 
 def test_samples(host, family, files):
@@ -288,6 +309,31 @@ def with_update(layer: Any, update: Tensor) -> Any:
     return Updated()
 
 
+@pytest.mark.parametrize(
+    ("width", "double", "single", "release"),
+    [(6144, 8, 48, "dev"), (4096, 8, 24, "klein 9B"), (3072, 5, 20, "klein 4B"), (3072, 5, 21, None)],
+)
+def test_releases_of_flux2(width, double, single, release):
+    shapes = {key: (width, 128) for key in FLUX2.keys}
+    shapes |= {f"double_blocks.{i}.img_attn.qkv.weight": (3 * width, width) for i in range(double)}
+    shapes |= {f"single_blocks.{i}.linear1.weight": (9 * width, width) for i in range(single)}
+    assert facts_of(shapes, FLUX2)["release"] == release
+
+
+def test_calibration_is_as_large_as_asked(host, tmp_path):
+    """FLUX.2's latents are half as wide as the latents of an empty picture in ComfyUI."""
+    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
+    from comfyui_svdquant.svdq_core.host.model import ModelSource
+
+    save_file(small_flux.random_flux2(), tmp_path / "flux2.safetensors")
+    source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "flux2.safetensors")))
+    seen = []
+    (layer,) = source.modules(["img_in"]).values()
+    with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])):
+        calibrate(source, [blank_conditioning(source, 0)], CalibrationSettings(steps=1, size=128), lambda event: None)
+    assert set(seen) == {(128 // 16) ** 2}
+
+
 @pytest.mark.parametrize(("theirs", "frames"), [(21, 5), (3, 3)])
 def test_image_to_video_is_calibrated_with_its_pictures(host, tmp_path, theirs, frames):
     """What WanImageToVideo puts into a conditioning: pictures and a mask for every frame, CLIP's view of the first."""
@@ -324,7 +370,12 @@ def test_image_to_video_is_calibrated_with_its_pictures(host, tmp_path, theirs, 
 
 # ---- on a running ComfyUI ------------------------------------------------------------------------------------
 
-TEMPLATES = {"qwen_image": "text_to_image_qwen_image", "z_image": "text_to_image_z_image", "wan": "text_to_video_wan"}
+TEMPLATES = {
+    "flux2": "text_to_image_flux2",
+    "qwen_image": "text_to_image_qwen_image",
+    "z_image": "text_to_image_z_image",
+    "wan": "text_to_video_wan",
+}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -345,7 +396,7 @@ def test_quantize_and_the_template(server: ComfyServer, host, tmp_path, name):
         small = SMALL | {"unet_name": f"{name}_int4.safetensors"}
         node["inputs"] |= {key: value for key, value in small.items() if key in node["inputs"]}
     found = run(server, nodes)
-    assert found.shape == (1, 16, *([] if name == "z_image" else [family.frames]), 8, 8) and 0.1 < found.std() < 20
+    assert found.shape == family.latent and 0.1 < found.std() < 20
 
 
 SMALL = {"width": 64, "height": 64, "length": 9, "steps": 4, "end_at_step": 2, "start_at_step": 0}
