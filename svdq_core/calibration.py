@@ -92,6 +92,8 @@ class ActivationCollector:
     def collect(self, name: str, x: Tensor) -> None:
         """Take in one input ``(..., K)`` of a layer."""
         rows = x.reshape(-1, x.shape[-1])
+        if not len(rows):
+            return  # a layer for pictures, and no picture
         absmax = rows.abs().amax(dim=0).float()
         self.absmax[name] = torch.maximum(self.absmax[name], absmax) if name in self.absmax else absmax
         call = self.calls[name]
@@ -114,7 +116,7 @@ class ActivationCollector:
         if silent:
             raise SVDQuantError(
                 f"Calibration never ran {silent[0]} ({len(silent)} such layers). A patch that skips blocks is in the "
-                "way, or no prompt was given: remove it and quantize again."
+                "way: remove it; or a prompt or a picture that the model reads is missing: connect it as conditioning."
             )
         return Samples(
             {name: torch.cat(self.chunks.pop(name)) for name in list(self.chunks)},

@@ -292,6 +292,11 @@ def file_sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
     return digest.hexdigest()
 
 
+def model_config(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The part of a model file's metadata that ComfyUI reads: some variants differ in nothing else."""
+    return {key: metadata[key] for key in ("config",) if key in metadata}
+
+
 def quantization_metadata(layers: Mapping[str, QuantizedLinear], info: dict[str, Any]) -> dict[str, str]:
     """File metadata: ``_quantization_metadata`` as in ComfyUI's QUANTIZATION.md, and our own JSON."""
     formats = {name: {"format": layer.fmt.disk_name} for name, layer in layers.items()}

@@ -34,15 +34,17 @@ DIFFUSERS = re.compile(
     r"(?:single_)?transformer_blocks\.\d+\.|(?:x_embedder|context_embedder|time_text_embed|norm_out|proj_out)\."
 )
 OTHERS = re.compile(  # Wan and Z-Image, whose names are the same everywhere
-    r"blocks\.\d+\.(?:self_attn|cross_attn|ffn|norm3|modulation)\.|(?:text_embedding|time_embedding|time_projection)\.\d\."
+    r"(?:vace_)?blocks\.\d+\.(?:self_attn|cross_attn|ffn|norm3|modulation|before_proj|after_proj)\."
+    r"|(?:text_embedding|time_embedding|time_projection)\.\d\."
     r"|(?:patch_embedding|head\.head|img_emb\.proj\.\d)\.|(?:cap_embedder\.1|t_embedder\.mlp\.\d)\."
     r"|(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention|feed_forward|adaLN_modulation)\."
 )
-WAN_DIFFUSERS = re.compile(r"blocks\.\d+\.(?:attn[12]|ffn\.net)\.")
+WAN_DIFFUSERS = re.compile(r"(?:vace_)?blocks\.\d+\.(?:attn[12]|ffn\.net|proj_in|proj_out)\.")
 WAN_NAMES = (  # diffusers' piece of a name, ComfyUI's
     (".attn1.", ".self_attn."), (".attn2.", ".cross_attn."), (".to_out.0.", ".o."), (".ffn.net.0.proj.", ".ffn.0."),
     (".ffn.net.2.", ".ffn.2."), (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."),
-    (".add_k_proj.", ".k_img."), (".add_v_proj.", ".v_img."),
+    (".add_k_proj.", ".k_img."), (".add_v_proj.", ".v_img."), (".proj_in.", ".before_proj."),
+    (".proj_out.", ".after_proj."),
 )  # fmt: skip
 XLABS = re.compile(r"(.*)\.processor\.(qkv_lora|proj_lora)([12]?)\.(?:((?:down|up)\.weight)|(alpha))")
 XLABS_LAYERS = {

@@ -23,6 +23,7 @@ from .calibration import Samples
 from .checkpoint import (
     TOOL,
     describe_file,
+    model_config,
     open_safetensors,
     quantization_info,
     quantization_metadata,
@@ -45,6 +46,7 @@ class Source(Protocol):
 
     name: str  # for messages and metadata
     origin: dict[str, Any]  # what is written about the source into the file
+    config: dict[str, str]  # of the source's metadata, what ComfyUI reads
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by key, without loading anything."""
@@ -70,6 +72,7 @@ class FileSource:
             )
         self.name = str(path)
         self.origin: dict[str, Any] = {"file": path.name}
+        self.config = model_config(metadata)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {k: tuple(t.shape) for k, t in self.state_dict.items()}
@@ -388,4 +391,4 @@ def assemble(
     }
     for name, layer in layers.items():
         tensors |= layer.state_dict(name)
-    write_checkpoint(output, tensors, quantization_metadata(layers, info), check)
+    write_checkpoint(output, tensors, source.config | quantization_metadata(layers, info), check)

@@ -181,6 +181,7 @@ Z_IMAGE = Recipe(
 )
 
 PICTURE = "blocks.0.cross_attn.k_img.weight"  # of Wan 2.1's image to video
+VACE = "vace_patch_embedding.weight"
 
 WAN = Recipe(
     name="wan",
@@ -194,7 +195,7 @@ WAN = Recipe(
         "blocks.0.cross_attn.q.weight",
         "blocks.0.ffn.0.weight",
     ),
-    absent=(PICTURE,),
+    absent=(PICTURE, VACE),
     # Keys and values of the cross-attention read the text. The paper keeps such in 16 bit; here they are a seventh of
     # all weights.
     rules=(
@@ -218,7 +219,20 @@ WAN_I2V = replace(
     rules=(*WAN.rules, *(Rule(f"blocks.{{i}}.cross_attn.{c}_img", W8A8, shares="picture") for c in "kv")),
 )
 
-RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, WAN, WAN_I2V)
+WAN_VACE = replace(
+    WAN,
+    name="wan_vace",
+    keys=(*WAN.keys, VACE),
+    absent=(PICTURE,),
+    # after_proj reads what the blocks add up to, which no norm has made even.
+    rules=(
+        *WAN.rules,
+        *(replace(rule, name=f"vace_{rule.name}") for rule in WAN.rules),
+        Rule("vace_blocks.{i}.after_proj", W8A8),
+    ),
+)
+
+RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, WAN, WAN_I2V, WAN_VACE)
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
 FLUX_RELEASES = {  # by what shapes tell: whether guidance is an input, and the channels that img_in reads
@@ -233,6 +247,8 @@ RELEASES: dict[tuple[str, tuple[int, ...], int], str] = {  # of the other famili
     ("flux2", (5, 20), 3072): "klein 4B",
     ("wan", (40,), 5120): "14B",
     ("wan_i2v", (40,), 5120): "2.1 14B image to video",
+    ("wan_vace", (40, 8), 5120): "VACE 14B",
+    ("wan_vace", (30, 15), 1536): "VACE 1.3B",
     ("wan", (30,), 3072): "2.2 5B",
     ("wan", (30,), 1536): "2.1 1.3B",
 }

@@ -3,6 +3,8 @@
 ComfyUI takes some widths of these classes for granted; here it reads them from the file (`narrow.py`).
 """
 
+import importlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ import pytest
 import torch
 from comfyui_svdquant.svdq_core.checkpoint import describe_file, read_checkpoint
 from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_Z_IMAGE
+from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.recipes import (
     CHROMA,
     FLUX2,
@@ -22,6 +25,7 @@ from comfyui_svdquant.svdq_core.recipes import (
     W8A8,
     WAN,
     WAN_I2V,
+    WAN_VACE,
     Z_IMAGE,
     Recipe,
     facts_of,
@@ -97,6 +101,13 @@ def random_wan(model_type: str, channels: int = 16) -> dict[str, Tensor]:
 
     config = {"dim": WIDTH, "ffn_dim": 2 * WIDTH, "num_heads": 2, "num_layers": 2, "text_dim": TEXT}
     return random_weights(meta(WanModel, model_type=model_type, in_dim=channels, **config))
+
+
+def random_vace() -> dict[str, Tensor]:
+    from comfy.ldm.wan.model import VaceWanModel
+
+    config = {"dim": WIDTH, "ffn_dim": 2 * WIDTH, "num_heads": 2, "num_layers": 2, "text_dim": TEXT}
+    return random_weights(meta(VaceWanModel, vace_layers=1, vace_in_dim=96, **config))
 
 
 FAMILIES = [
@@ -197,6 +208,23 @@ FAMILIES = [
         lora={
             "blocks.0.cross_attn.v_img": "blocks.0.cross_attn.v_img",
             "transformer.blocks.0.attn2.add_k_proj": "blocks.0.cross_attn.k_img",
+        },
+        latent=(1, 16, 3, 8, 8),
+    ),
+    Family(
+        WAN_VACE,
+        random_vace,
+        blocks=(2, 1),
+        layers=31,
+        after_gelu=3,
+        kept={"text_embedding", "time_embedding", "time_projection", "head", "vace_blocks"},  # before_proj
+        kinds={W4A4, W8A8},
+        lora={
+            "diffusion_model.vace_blocks.0.self_attn.q": "vace_blocks.0.self_attn.q",
+            "vace_blocks.0.before_proj": "vace_blocks.0.before_proj",
+            "transformer.vace_blocks.0.attn2.to_v": "vace_blocks.0.cross_attn.v",
+            "base_model.model.vace_blocks.0.proj_out": "vace_blocks.0.after_proj",
+            "lora_unet_vace_blocks_0_ffn_2": "vace_blocks.0.ffn.2",
         },
         latent=(1, 16, 3, 8, 8),
     ),
@@ -366,6 +394,72 @@ def test_image_to_video_is_calibrated_with_its_pictures(host, tmp_path, theirs, 
     assert digest(view) == digest(other), "as after a restart"
     other.penultimate_hidden_states += 1
     assert digest(view) != digest(other)
+
+
+def test_vace_is_calibrated_with_its_frames(host, tmp_path):
+    """What WanVaceToVideo puts into a conditioning, of another length and size than calibration has."""
+    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
+    from comfyui_svdquant.svdq_core.host.model import ModelSource
+
+    save_file(random_vace(), tmp_path / "vace.safetensors")
+    with read_widths():
+        source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "vace.safetensors")))
+    ((context, options),) = blank_conditioning(source, 0)
+    options |= {"vace_frames": [torch.randn(1, 32, 4, 6, 10)], "vace_mask": [torch.ones(1, 64, 4, 6, 10)]}
+    seen = []
+    (layer,) = source.modules(["vace_blocks.0.ffn.0"]).values()
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    calibrate(source, [[[context, options]]], CalibrationSettings(steps=1, size=64), lambda event: None)
+    assert set(seen) == {4 * 16}
+
+
+WAN_VARIANTS = {  # by ComfyUI's class of the network: what else ComfyUI has, and what tells some of them apart
+    "WAN21_Camera": ("model", "CameraWanModel", {"model_type": "camera", "in_dim": 32}, {}),
+    "WAN21_HuMo": ("model", "HumoWanModel", {"in_dim": 36}, {}),
+    "WAN22_S2V": ("model", "WanModel_S2V", {}, {}),
+    "WAN21_SCAIL": ("model", "SCAILWanModel", {"in_dim": 20}, {}),
+    "WAN21_SCAIL2": ("model", "SCAIL2WanModel", {"in_dim": 20}, {}),
+    "WAN22_Animate": ("model_animate", "AnimateWanModel", {"in_dim": 36, "num_layers": 5}, {}),
+    "WAN21_CausalAR": ("model", "WanModel", {}, {"causal_ar": True}),
+    "WAN21_FlowRVS": ("model", "WanModel", {}, {"model_type": "flow_rvs"}),
+}
+
+
+@pytest.mark.parametrize("name", WAN_VARIANTS)
+def test_variants_of_wan(host, tmp_path, name):
+    """Quantized by the same recipes, and loaded as what they were."""
+    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
+    from comfyui_svdquant.svdq_core.host.model import ModelSource
+    from comfyui_svdquant.svdq_core.quantize import Job, quantize
+
+    file, network, more, told = WAN_VARIANTS[name]
+    config = {"dim": WIDTH, "ffn_dim": WIDTH, "num_heads": 2, "num_layers": 1, "text_dim": TEXT} | more
+    model = meta(getattr(importlib.import_module(f"comfy.ldm.wan.{file}"), network), **config)
+    bf16, int4 = tmp_path / "bf16.safetensors", tmp_path / "int4.safetensors"
+    save_file(random_weights(model), bf16, {"config": json.dumps({"transformer": told})} if told else None)
+    with read_widths():
+        source = ModelSource(host.sd.load_diffusion_model(str(bf16)))
+        assert source.origin["model"] == name
+        calibrate(source, [blank_conditioning(source, 0)], CalibrationSettings(steps=1, size=64), lambda event: None)
+        quantize(source, None, int4, Job(preset="naive", rank=4))
+        loaded, latent = load(int4, torch.float32), torch.zeros(1, 16, 3, 8, 8)
+        assert type(loaded.model).__name__ == name
+        assert_same(sample(loaded, latent=latent), sample(small_flux.twin(bf16, int4), latent=latent))
+
+
+def test_a_model_that_must_see_a_picture_says_so(host, tmp_path):
+    """WanDancer has no text in the picture's place, as image to video has."""
+    from comfy.ldm.wan.model_wandancer import WanDancerModel
+    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
+    from comfyui_svdquant.svdq_core.host.model import ModelSource
+
+    config = {"dim": WIDTH, "ffn_dim": WIDTH, "num_heads": 2, "num_layers": 1, "text_dim": TEXT, "in_dim": 36}
+    save_file(random_weights(meta(WanDancerModel, **config)), tmp_path / "m.safetensors")
+    with read_widths():
+        source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "m.safetensors")))
+    prompts = [blank_conditioning(source, 0)]
+    with pytest.raises(SVDQuantError, match=r"never ran blocks.0.cross_attn.k_img \(1 such.*picture"):
+        calibrate(source, prompts, CalibrationSettings(steps=1, size=64), lambda event: None)
 
 
 # ---- on a running ComfyUI ------------------------------------------------------------------------------------

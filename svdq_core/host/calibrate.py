@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sample
+import comfy.utils
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -72,7 +73,7 @@ def calibrate(
                     event["preview"] = picture
                 on_event(event)
 
-            prompt, start = as_long(prompt, latent, frames)
+            prompt, start = as_large(prompt, latent, frames)
             noise = comfy.sample.prepare_noise(start, settings.seed + i)
             comfy.sample.sample(
                 model,
@@ -91,24 +92,33 @@ def calibrate(
     return collector.samples()
 
 
-def as_long(prompt: Conditioning, latent: Tensor, frames: int) -> tuple[Conditioning, Tensor]:
+FRAMES = ("concat_latent_image", "vace_frames")  # a conditioning's pictures, one for every frame
+AS_WIDE = ("vace_frames", "vace_mask")  # ComfyUI fits all others to the latent itself
+
+
+def as_large(prompt: Conditioning, latent: Tensor, frames: int) -> tuple[Conditioning, Tensor]:
     """A prompt and an empty latent of as many frames: ``frames``, or fewer where the prompt's pictures are fewer.
 
-    Image to video brings pictures for all frames of the user's video, in latents (1, C, T, H, W); the first ones do.
-    Models of pictures, whose ``latent`` is (1, C, H, W), are as they are.
+    Image to video and VACE bring pictures for all frames of the user's video, in latents (1, C, T, H, W); the first
+    ones do. Models of pictures, whose ``latent`` is (1, C, H, W), are as they are.
     """
     if latent.dim() < 5:
         return prompt, latent
-    pictures = [options.get("concat_latent_image") for _, options in prompt]
+    found = [options[name] for _, options in prompt for name in FRAMES if name in options]
+    pictures = [t for value in found for t in (value if isinstance(value, list) else [value])]
     frames = min([frames, *(t.shape[2] for t in pictures if isinstance(t, Tensor) and t.dim() == 5)])
 
-    def cut(value: Any) -> Any:
+    def cut(name: str, value: Any) -> Any:
         if isinstance(value, list):
-            return [cut(item) for item in value]
-        return value[:, :, :frames] if isinstance(value, Tensor) and value.dim() == 5 else value
+            return [cut(name, item) for item in value]
+        if not isinstance(value, Tensor) or value.dim() < 5:
+            return value
+        value = value[:, :, :frames]
+        size = latent.shape[-1], latent.shape[-2]
+        return comfy.utils.common_upscale(value, *size, "bilinear", "center") if name in AS_WIDE else value
 
-    shorter = [[context, {name: cut(value) for name, value in options.items()}] for context, options in prompt]
-    return shorter, latent.repeat(1, 1, frames, 1, 1)
+    smaller = [[context, {name: cut(name, value) for name, value in options.items()}] for context, options in prompt]
+    return smaller, latent.repeat(1, 1, frames, 1, 1)
 
 
 class Previewer:

@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ..checkpoint import tensor_bytes
+from ..checkpoint import model_config, read_header, tensor_bytes
 from ..errors import SVDQuantError
 from ..recipes import LayerGroup, Recipe, find_recipe, plan_model
 from .layout import is_quantized
@@ -44,8 +44,11 @@ class ModelSource:
                 )
         self.parameters |= saved_buffers(model.model.diffusion_model)
         self.origin: dict[str, Any] = {"model": type(model.model).__name__, "patched_weights": len(model.patches)}
+        self.config: dict[str, str] = {}
         if path := file_of(model):
             self.origin["file"] = path.name
+            if path.suffix == ".safetensors":
+                self.config = model_config(read_header(path)[1])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {k: tuple(p.shape) for k, p in self.parameters.items()}
