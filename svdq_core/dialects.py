@@ -111,6 +111,13 @@ def to_comfy_names(sd: dict[str, Tensor], where: str, progress: Progress = no_pr
     return renamed
 
 
+def renamed_by(pieces: tuple[tuple[str, str], ...], name: str) -> str:
+    """A name after these replacements."""
+    for old, new in pieces:
+        name = name.replace(old, new)
+    return name
+
+
 def swap_halves(tensor: Tensor) -> Tensor:
     """Rows of :data:`SCALE_AND_SHIFT` in BFL's order, from diffusers'."""
     return torch.cat(tensor.chunk(2)[::-1])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoint import describe_file, read_header, why_unreadable
+from .dialects import renamed_by
 from .errors import SVDQuantError
 from .lora_checks import check_parts, check_values, describe_adapters
 from .nunchaku_lora import NUNCHAKU, from_nunchaku
@@ -33,7 +34,7 @@ BFL = re.compile(
 DIFFUSERS = re.compile(
     r"(?:single_)?transformer_blocks\.\d+\.|(?:x_embedder|context_embedder|time_text_embed|norm_out|proj_out)\."
 )
-OTHERS = re.compile(  # Wan and Z-Image, whose names are the same everywhere
+OTHERS = re.compile(  # Wan, Z-Image and Lumina 2, whose names are the same nearly everywhere
     r"(?:vace_)?blocks\.\d+\.(?:self_attn|cross_attn|ffn|norm3|modulation|before_proj|after_proj)\."
     r"|(?:text_embedding|time_embedding|time_projection)\.\d\."
     r"|(?:patch_embedding|head\.head|img_emb\.proj\.\d)\.|(?:cap_embedder\.1|t_embedder\.mlp\.\d)\."
@@ -45,6 +46,13 @@ WAN_NAMES = (  # diffusers' piece of a name, ComfyUI's
     (".ffn.net.2.", ".ffn.2."), (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."),
     (".add_k_proj.", ".k_img."), (".add_v_proj.", ".v_img."), (".proj_in.", ".before_proj."),
     (".proj_out.", ".after_proj."),
+)  # fmt: skip
+LUMINA_DIFFUSERS = re.compile(
+    r"(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attn\.|feed_forward\.linear_|norm1\.linear\.)"
+)
+LUMINA_NAMES = (
+    (".attn.to_out.0.", ".attention.out."), (".attn.", ".attention."), (".feed_forward.linear_", ".feed_forward.w"),
+    (".norm1.linear.", ".adaLN_modulation.1."),
 )  # fmt: skip
 XLABS = re.compile(r"(.*)\.processor\.(qkv_lora|proj_lora)([12]?)\.(?:((?:down|up)\.weight)|(alpha))")
 XLABS_LAYERS = {
@@ -207,6 +215,7 @@ def comfy_name(key: str) -> str:
     if "base_model.model." in prefix and DIFFUSERS.match(name):
         return "transformer." + name
     if WAN_DIFFUSERS.match(name):
-        for theirs, comfyuis in WAN_NAMES:
-            name = name.replace(theirs, comfyuis)
+        name = renamed_by(WAN_NAMES, name)
+    if LUMINA_DIFFUSERS.match(name):
+        name = renamed_by(LUMINA_NAMES, name)
     return "diffusion_model." + name if OTHERS.match(name) else key

@@ -38,7 +38,8 @@ class Rule:
 class Recipe:
     """A model family. ``keys`` must be in the state dict and ``absent`` must not; other layers stay 16 bit.
 
-    ``text`` is the linear that reads the text encoder's tokens; calibration samples ``frames`` pictures of a latent.
+    ``text`` is the linear that reads the text encoder's tokens, ``pooled`` the one for its pooled output, if the model
+    has that; calibration samples ``frames`` pictures of a latent.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Recipe:
     absent: tuple[str, ...]
     rules: tuple[Rule, ...]
     text: str = "txt_in"
+    pooled: str = "vector_in.in_layer"
     frames: int = 1
 
     @property
@@ -180,6 +182,20 @@ Z_IMAGE = Recipe(
     text="cap_embedder.1",
 )
 
+LUMINA2 = replace(
+    Z_IMAGE,
+    name="lumina2",
+    title="Lumina 2",
+    keys=(*Z_IMAGE.keys[:-1], "layers.0.adaLN_modulation.1.weight"),
+    absent=(),
+    # A tenth of the weights are modulations: they read 1024 features.
+    rules=(
+        *Z_IMAGE.rules,
+        *(Rule(f"{blocks}.{{i}}.adaLN_modulation.1", W4A16) for blocks in ("noise_refiner", "layers")),
+    ),
+    pooled="clip_text_pooled_proj.1",  # of NewBie
+)
+
 PICTURE = "blocks.0.cross_attn.k_img.weight"  # of Wan 2.1's image to video
 VACE = "vace_patch_embedding.weight"
 
@@ -232,7 +248,7 @@ WAN_VACE = replace(
     ),
 )
 
-RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, WAN, WAN_I2V, WAN_VACE)
+RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, LUMINA2, WAN, WAN_I2V, WAN_VACE)
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
 FLUX_RELEASES = {  # by what shapes tell: whether guidance is an input, and the channels that img_in reads
@@ -245,6 +261,7 @@ RELEASES: dict[tuple[str, tuple[int, ...], int], str] = {  # of the other famili
     ("flux2", (8, 48), 6144): "dev",
     ("flux2", (8, 24), 4096): "klein 9B",
     ("flux2", (5, 20), 3072): "klein 4B",
+    ("lumina2", (2, 2, 26), 2304): "Image 2.0",
     ("wan", (40,), 5120): "14B",
     ("wan_i2v", (40,), 5120): "2.1 14B image to video",
     ("wan_vace", (40, 8), 5120): "VACE 14B",
@@ -260,7 +277,7 @@ KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
     ("txt_in.individual_token_refiner.", "HunyuanVideo"),
     ("joint_blocks.0.", "Stable Diffusion 3"),
     ("dec_net.cond_embed.", "Z-Image on pixels"),
-    ("cap_embedder.", "Lumina 2"),
+    ("cap_embedder.", "a part of Z-Image or Lumina 2"),
     ("transformer_blocks.0.img_mod.1.", "a part of Qwen-Image"),
     ("vace_blocks.", "a VACE module of Wan"),
     ("blocks.0.attn1.", "Wan in diffusers' names"),

@@ -9,6 +9,10 @@ Z_IMAGE = {
     "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
 }  # fmt: skip
 
+LUMINA2 = {
+    "axes_dims": [32, 32, 32], "axes_lens": [300, 512, 512], "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0,
+}  # fmt: skip
+
 
 def widths(model: str, sd: dict[str, Any], prefix: str) -> dict[str, Any]:
     """What ComfyUI's config of a ``model`` lacks."""
@@ -22,8 +26,10 @@ def widths(model: str, sd: dict[str, Any], prefix: str) -> dict[str, Any]:
     if model == "qwen_image":
         return {"num_attention_heads": shape("img_in")[0] // 128, "joint_attention_dim": shape("txt_in")[1]}
     if model == "lumina2":
-        heads = shape("x_embedder")[0] // 128
-        return {"n_heads": heads, "n_kv_heads": heads, **Z_IMAGE}
+        z_image = f"{prefix}layers.0.adaLN_modulation.0.weight" in sd
+        dim, head = shape("x_embedder")[0], 128 if z_image else 96
+        kv = (shape("layers.0.attention.qkv")[0] - dim) // 2
+        return {"n_heads": dim // head, "n_kv_heads": kv // head, **(Z_IMAGE if z_image else LUMINA2)}
     return {"text_dim": shape("text_embedding.0")[1]} if model == "wan2.1" else {}
 
 

@@ -19,6 +19,7 @@ from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.recipes import (
     CHROMA,
     FLUX2,
+    LUMINA2,
     QWEN_IMAGE,
     W4A4,
     W4A16,
@@ -34,10 +35,10 @@ from comfyui_svdquant.svdq_core.recipes import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+import narrow
 import small_flux
 from host.prompts import run, template_up_to_the_vae
 from host.server import ComfyServer
-from narrow import Z_IMAGE as NARROW_Z_IMAGE
 from narrow import read_widths
 from sampling import assert_same, error_db, load, sample
 from test_quantize_node import graph
@@ -58,6 +59,7 @@ class Family:
     lora: dict[str, str]  # a key in some trainer's dialect, and its layer
     kinds: set[str] = field(default_factory=lambda: {W4A4})
     sliced: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows of the layer, where not all
+    width: int = WIDTH
     latent: tuple[int, ...] = (1, 16, 8, 8)
 
 
@@ -92,7 +94,15 @@ def random_z_image() -> dict[str, Tensor]:
     from comfy.ldm.lumina.model import NextDiT
 
     config = {"in_channels": 16, "dim": WIDTH, "cap_feat_dim": TEXT, "n_layers": 2, "qk_norm": True}
-    return random_weights(meta(NextDiT, n_heads=2, n_kv_heads=2, **config, **NARROW_Z_IMAGE))
+    return random_weights(meta(NextDiT, n_heads=2, n_kv_heads=2, **config, **narrow.Z_IMAGE))
+
+
+def random_lumina2() -> dict[str, Tensor]:
+    """Fewer keys and values than queries, as published."""
+    from comfy.ldm.lumina.model import NextDiT
+
+    config = {"in_channels": 16, "dim": 192, "cap_feat_dim": TEXT, "n_layers": 1, "qk_norm": True}
+    return random_weights(meta(NextDiT, n_heads=2, n_kv_heads=1, **config, **narrow.LUMINA2))
 
 
 def random_wan(model_type: str, channels: int = 16) -> dict[str, Tensor]:
@@ -176,6 +186,32 @@ FAMILIES = [
             "lora_unet_context_refiner_0_attention_qkv": "context_refiner.0.attention.qkv",
         },
         sliced={"diffusion_model.layers.0.attention.to_k": (WIDTH, 2 * WIDTH)},
+    ),
+    Family(
+        LUMINA2,
+        random_lumina2,
+        blocks=(2, 2, 1),
+        layers=28,
+        after_gelu=0,
+        kept={"x_embedder", "cap_embedder", "t_embedder", "final_layer"},
+        kinds={W4A4, W4A16},
+        lora={
+            "diffusion_model.layers.0.attention.qkv": "layers.0.attention.qkv",
+            "transformer.layers.0.attn.to_out.0": "layers.0.attention.out",
+            "base_model.model.noise_refiner.0.feed_forward.linear_2": "noise_refiner.0.feed_forward.w2",
+            "transformer.layers.0.norm1.linear": "layers.0.adaLN_modulation.1",
+            "transformer.noise_refiner.0.attn.to_q": "noise_refiner.0.attention.qkv",
+            "transformer.noise_refiner.0.attn.to_k": "noise_refiner.0.attention.qkv",
+            "transformer.noise_refiner.0.attn.to_v": "noise_refiner.0.attention.qkv",
+            "lora_unet_context_refiner_0_attention_qkv": "context_refiner.0.attention.qkv",
+            "cap_embedder.1": "cap_embedder.1",
+        },
+        sliced={
+            "transformer.noise_refiner.0.attn.to_q": (0, 192),
+            "transformer.noise_refiner.0.attn.to_k": (192, 288),
+            "transformer.noise_refiner.0.attn.to_v": (288, 384),
+        },
+        width=192,
     ),
     Family(
         WAN,
@@ -271,7 +307,7 @@ def test_what_a_file_is(family, files):
     info = describe_file(files["int4"])
     assert info.text.startswith(f"an SVDQuant file of {family.recipe.title} (") and info.kind == "svdquant"
     assert (info.details["release"], info.details["blocks"]) == (None, family.blocks)
-    assert info.details["width"] == WIDTH
+    assert info.details["width"] == family.width
     assert describe_file(files["bf16"]).text == f"a 16-bit diffusion model ({family.recipe.title})"
 
 

@@ -158,5 +158,5 @@ def blank_conditioning(source: ModelSource, seed: int) -> Conditioning:
     """Stands in for a text encoder that is not connected: tokens of unit size, as random as the seed."""
     shapes, generator = source.shapes(), torch.Generator().manual_seed(seed)
     context = torch.randn(1, 64, shapes[f"{source.recipe.text}.weight"][1], generator=generator)
-    pooled = torch.randn(1, shapes.get("vector_in.in_layer.weight", (1, 1))[1], generator=generator)
+    pooled = torch.randn(1, shapes.get(f"{source.recipe.pooled}.weight", (1, 1))[1], generator=generator)
     return [[context, {"pooled_output": pooled}]]

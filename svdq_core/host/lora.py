@@ -131,7 +131,7 @@ def match_keys(tensors: dict[str, Tensor], model: BaseModel, name: str) -> LoraP
 
     :class:`SVDQuantError` if that is nothing.
     """
-    key_map = comfy.lora.model_lora_keys_unet(model, {})
+    key_map = with_narrow_kv(comfy.lora.model_lora_keys_unet(model, {}), model)
     converted = comfy.lora_convert.convert_lora(dict(tensors))
     with keys_not_loaded() as unused:
         patches = comfy.lora.load_lora(converted, key_map)
@@ -140,6 +140,17 @@ def match_keys(tensors: dict[str, Tensor], model: BaseModel, name: str) -> LoraP
     left_out = set(unused)
     kinds = describe_adapters({key: tensor for key, tensor in converted.items() if key not in left_out})
     return LoraPatches(name, patches, kinds, len(tensors), unused, given_twice(converted, key_map))
+
+
+def with_narrow_kv(key_map: dict[str, Any], model: BaseModel) -> dict[str, Any]:
+    """ComfyUI's map of a NextDiT takes keys and values for as wide as queries; Lumina 2's are narrower."""
+    for name, target in key_map.items():
+        if isinstance(target, tuple) and target[0].endswith(".attention.qkv.weight"):
+            key, (dim, start, width) = target
+            narrow = (comfy.utils.get_attr(model, key).shape[0] - width) // 2
+            if start:
+                key_map[name] = key, (dim, width if start == width else width + narrow, narrow)
+    return key_map
 
 
 def check_patch(lora: LoraPatches, target: Any, model: BaseModel) -> tuple[str, Tensor, bool]:
