@@ -87,6 +87,15 @@ DIFFUSERS_Z_IMAGE: Names = {
     for blocks in Z_IMAGE.lists
     for name, names in Z_IMAGE_ATTENTION.items()
 }
+HUNYUAN_NAMES = (  # Tencent's piece of a name, ComfyUI's
+    ("_mod.linear.", "_mod.lin."), (".modulation.linear.", ".modulation.lin."), ("_attn_qkv.", "_attn.qkv."),
+    ("_attn_proj.", "_attn.proj."), ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.2."),
+    ("_attn_q_norm.", "_attn.norm.query_norm."), ("_attn_k_norm.", "_attn.norm.key_norm."),
+    (".q_norm.", ".norm.query_norm."), (".k_norm.", ".norm.key_norm."),
+    ("t_embedder.mlp.0.", "t_embedder.in_layer."), ("t_embedder.mlp.2.", "t_embedder.out_layer."),
+    ("c_embedder.linear_1.", "c_embedder.in_layer."), ("c_embedder.linear_2.", "c_embedder.out_layer."),
+    ("_in.mlp.0.", "_in.in_layer."), ("_in.mlp.2.", "_in.out_layer."),
+)  # fmt: skip
 DIFFUSERS_BY_KEY = (
     ("noise_refiner.0.attention.norm_q.weight", DIFFUSERS_Z_IMAGE),
     ("double_stream_modulation_img.linear.weight", DIFFUSERS_FLUX2),
@@ -105,6 +114,8 @@ def to_comfy_names(sd: dict[str, Tensor], where: str, progress: Progress = no_pr
     if packed or any(key in sd for key in marks):
         names = next((names for key, names in DIFFUSERS_BY_KEY if key in sd), None)
         sd = sd if names is None else from_diffusers(sd, names, where)
+    if "txt_in.individual_token_refiner.blocks.0.norm1.weight" in sd:
+        sd = {renamed_by(HUNYUAN_NAMES, key): tensor for key, tensor in sd.items()}
     renamed = {re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", key): t for key, t in sd.items()}
     for key in [k for k in renamed if k.endswith(".comfy_quant")]:
         untile_layer(renamed, key.removesuffix("comfy_quant"))

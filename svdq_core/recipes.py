@@ -129,6 +129,41 @@ CHROMA = Recipe(
     rules=FLUX_LINEARS,  # a network of its own makes all modulations
 )
 
+HUNYUAN_VIDEO = Recipe(
+    name="hunyuan_video",
+    title="HunyuanVideo",
+    keys=(
+        "img_in.proj.weight",
+        "txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight",
+        "vector_in.in_layer.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+        "double_blocks.0.img_mod.lin.weight",
+        "final_layer.linear.weight",
+    ),
+    absent=(),
+    rules=FLUX.rules,  # the same blocks
+    text="txt_in.input_embedder",
+    frames=5,
+)
+
+HUNYUAN_VIDEO15 = replace(
+    HUNYUAN_VIDEO,
+    name="hunyuan_video15",
+    title="HunyuanVideo 1.5",
+    keys=tuple(key.replace("vector_in.in_layer", "vision_in.proj.1") for key in HUNYUAN_VIDEO.keys),
+)
+
+HUNYUAN_IMAGE = replace(
+    HUNYUAN_VIDEO,
+    name="hunyuan_image",
+    title="HunyuanImage 2.1",
+    keys=tuple(key for key in HUNYUAN_VIDEO.keys if "vector_in" not in key),
+    absent=("vector_in.in_layer.weight", "vision_in.proj.1.weight"),
+    frames=1,
+)
+
+HUNYUANS = (HUNYUAN_VIDEO, HUNYUAN_VIDEO15, HUNYUAN_IMAGE)
+
 QWEN_IMAGE = Recipe(
     name="qwen_image",
     title="Qwen-Image",
@@ -248,7 +283,7 @@ WAN_VACE = replace(
     ),
 )
 
-RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, LUMINA2, WAN, WAN_I2V, WAN_VACE)
+RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA, *HUNYUANS, QWEN_IMAGE, Z_IMAGE, LUMINA2, WAN, WAN_I2V, WAN_VACE)
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
 FLUX_RELEASES = {  # by what shapes tell: whether guidance is an input, and the channels that img_in reads
@@ -261,6 +296,9 @@ RELEASES: dict[tuple[str, tuple[int, ...], int], str] = {  # of the other famili
     ("flux2", (8, 48), 6144): "dev",
     ("flux2", (8, 24), 4096): "klein 9B",
     ("flux2", (5, 20), 3072): "klein 4B",
+    ("hunyuan_video", (20, 40), 3072): "13B",
+    ("hunyuan_video15", (54, 0), 2048): "8.3B",
+    ("hunyuan_image", (20, 40), 3584): "17B",
     ("lumina2", (2, 2, 26), 2304): "Image 2.0",
     ("wan", (40,), 5120): "14B",
     ("wan_i2v", (40,), 5120): "2.1 14B image to video",
@@ -274,7 +312,7 @@ RELEASES: dict[tuple[str, tuple[int, ...], int], str] = {  # of the other famili
 KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
     ("nerf_blocks.", "Chroma Radiance"),
     ("double_blocks.0.img_attn.norm.key_norm", "a FLUX-like model"),
-    ("txt_in.individual_token_refiner.", "HunyuanVideo"),
+    ("txt_in.individual_token_refiner.", "HunyuanVideo or HunyuanImage"),
     ("joint_blocks.0.", "Stable Diffusion 3"),
     ("dec_net.cond_embed.", "Z-Image on pixels"),
     ("cap_embedder.", "a part of Z-Image or Lumina 2"),

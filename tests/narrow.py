@@ -30,6 +30,8 @@ def widths(model: str, sd: dict[str, Any], prefix: str) -> dict[str, Any]:
         dim, head = shape("x_embedder")[0], 128 if z_image else 96
         kv = (shape("layers.0.attention.qkv")[0] - dim) // 2
         return {"n_heads": dim // head, "n_kv_heads": kv // head, **(Z_IMAGE if z_image else LUMINA2)}
+    if model == "hunyuan_video" and f"{prefix}vector_in.in_layer.weight" in sd:
+        return {"vec_in_dim": shape("vector_in.in_layer")[1]}
     return {"text_dim": shape("text_embedding.0")[1]} if model == "wan2.1" else {}
 
 

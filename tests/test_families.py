@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 from comfyui_svdquant.svdq_core.checkpoint import describe_file, read_checkpoint
-from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_Z_IMAGE
+from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_Z_IMAGE, renamed_by
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.recipes import (
     CHROMA,
     FLUX2,
+    HUNYUAN_IMAGE,
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO15,
     LUMINA2,
     QWEN_IMAGE,
     W4A4,
@@ -80,6 +83,29 @@ def meta(cls: type[torch.nn.Module], **config: Any) -> torch.nn.Module:
     import comfy.ops
 
     return cls(**config, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
+
+
+def random_hunyuan(axes: list[int], single: int = 1, **config: Any) -> dict[str, Tensor]:
+    """Its first layer is in float32, as ComfyUI loads it where it computes in that, on a CPU."""
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+
+    known = {"in_channels": 64, "out_channels": 64, "vec_in_dim": None, "vision_in_dim": None, "guidance_embed": False}
+    known |= {"context_in_dim": TEXT, "hidden_size": WIDTH, "num_heads": 2, "depth": 1, "depth_single_blocks": single}
+    known |= {"axes_dim": axes, "patch_size": [1] * len(axes), "mlp_ratio": 4.0, "theta": 256, "qkv_bias": True}
+    known |= dict.fromkeys(("byt5", "meanflow", "use_cond_type_embedding", "meanflow_sum"), False)
+    sd = random_weights(meta(HunyuanVideo, **known | config))
+    return sd | {key: t.float() for key, t in sd.items() if key.startswith("img_in.")}
+
+
+def random_hunyuan_video() -> dict[str, Tensor]:
+    config = {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": small_flux.POOLED}
+    return random_hunyuan([16, 56, 56], guidance_embed=True, **config)
+
+
+def random_hunyuan_video15() -> dict[str, Tensor]:
+    """Without single blocks, as published. Its channels for a first picture stay empty here."""
+    config = {"in_channels": 65, "out_channels": 32, "vision_in_dim": 1152, "use_cond_type_embedding": True}
+    return random_hunyuan([16, 56, 56], single=0, meanflow_sum=True, **config)
 
 
 def random_qwen_image() -> dict[str, Tensor]:
@@ -151,6 +177,56 @@ FAMILIES = [
             "base_model.model.double_blocks.0.img_attn.proj": "double_blocks.0.img_attn.proj",
             "distilled_guidance_layer.in_proj": "distilled_guidance_layer.in_proj",
         },
+    ),
+    Family(
+        HUNYUAN_VIDEO,
+        random_hunyuan_video,
+        blocks=(1, 1),
+        layers=13,
+        after_gelu=2,
+        kept={"time_in", "vector_in", "guidance_in", "txt_in", "final_layer"},
+        kinds={W4A4, W4A16},
+        lora={
+            "lora_unet_double_blocks_0_img_mlp_fc1": "double_blocks.0.img_mlp.0",
+            "lora_unet_double_blocks_0_txt_attn_qkv": "double_blocks.0.txt_attn.qkv",
+            "transformer.double_blocks.0.img_attn_proj": "double_blocks.0.img_attn.proj",
+            "diffusion_model.single_blocks.0.modulation.linear": "single_blocks.0.modulation.lin",
+            "base_model.model.double_blocks.0.txt_mlp.fc2": "double_blocks.0.txt_mlp.2",
+            "transformer.transformer_blocks.0.attn.to_v": "double_blocks.0.img_attn.qkv",
+            "transformer.single_transformer_blocks.0.proj_mlp": "single_blocks.0.linear1",
+            "lora_transformer_single_transformer_blocks_0_proj_out": "single_blocks.0.linear2",
+            "txt_in.individual_token_refiner.blocks.0.mlp.fc1": "txt_in.individual_token_refiner.blocks.0.mlp.0",
+        },
+        sliced={
+            "transformer.transformer_blocks.0.attn.to_v": (2 * WIDTH, 3 * WIDTH),
+            "transformer.single_transformer_blocks.0.proj_mlp": (3 * WIDTH, 7 * WIDTH),
+        },
+        latent=(1, 16, 3, 8, 8),
+    ),
+    Family(
+        HUNYUAN_VIDEO15,
+        random_hunyuan_video15,
+        blocks=(1, 0),
+        layers=10,
+        after_gelu=2,
+        kept={"time_in", "txt_in", "vision_in", "cond_type_embedding", "final_layer"},
+        kinds={W4A4, W4A16},
+        lora={"lora_unet_double_blocks_0_img_mod_linear": "double_blocks.0.img_mod.lin"},
+        latent=(1, 32, 3, 4, 4),
+    ),
+    Family(
+        HUNYUAN_IMAGE,
+        lambda: random_hunyuan([64, 64]),
+        blocks=(1, 1),
+        layers=13,
+        after_gelu=2,
+        kept={"time_in", "txt_in", "final_layer"},
+        kinds={W4A4, W4A16},
+        lora={
+            "transformer.double_blocks.0.txt_attn_proj": "double_blocks.0.txt_attn.proj",
+            "transformer.single_transformer_blocks.0.proj_out": "single_blocks.0.linear2",
+        },
+        latent=(1, 64, 4, 4),
     ),
     Family(
         QWEN_IMAGE,
@@ -504,6 +580,7 @@ TEMPLATES = {
     "flux2": "text_to_image_flux2",
     "qwen_image": "text_to_image_qwen_image",
     "z_image": "text_to_image_z_image",
+    "hunyuan_video": "text_to_video_hunyuan",
     "wan": "text_to_video_wan",
 }
 
@@ -519,7 +596,7 @@ def test_quantize_and_the_template(server: ComfyServer, host, tmp_path, name):
     assert (facts["model"], facts["blocks"], facts["ranks"]) == (family.recipe.title, [*family.blocks], [16])
     nodes = template_up_to_the_vae(server, TEMPLATES[name])
     for id, node in [*nodes.items()]:
-        if node["class_type"] == "CLIPLoader":
+        if node["class_type"] in ("CLIPLoader", "DualCLIPLoader"):
             del nodes[id]
         elif node["class_type"] == "CLIPTextEncode":
             nodes[id] = {"class_type": "SVDQuantTestText", "inputs": {"width": TEXT, "seed": int(id)}}
@@ -557,3 +634,18 @@ def test_z_image_in_diffusers_names(host, tmp_path):
     wanted = comfy.model_detection.convert_diffusers_mmdit(dict(theirs), "")
     assert found.keys() == sd.keys() == wanted.keys()
     assert all(torch.equal(found[key], sd[key]) and torch.equal(wanted[key], sd[key]) for key in sd)
+
+
+def test_hunyuan_video_in_tencents_names(host, tmp_path):
+    """As ComfyUI's own converter reads them."""
+    from comfy.supported_models import HunyuanVideo
+    from comfyui_svdquant.svdq_core.host.lora import TENCENT_NAMES
+
+    sd = random_hunyuan_video()
+    theirs = {renamed_by(TENCENT_NAMES, key): tensor for key, tensor in sd.items()}
+    assert {"double_blocks.0.img_attn_q_norm.weight", "single_blocks.0.modulation.linear.bias"} < theirs.keys()
+    save_file(theirs, tmp_path / "h.safetensors")
+    found = read_checkpoint(tmp_path / "h.safetensors")[0]
+    wanted = HunyuanVideo.process_unet_state_dict(None, theirs)
+    assert found.keys() == sd.keys() == wanted.keys()
+    assert all(torch.equal(found[key], sd[key]) for key in sd)

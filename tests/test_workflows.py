@@ -19,7 +19,8 @@ FOLDER = ROOT / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 PACK = "ComfyUI-SVDQuant"  # the folder that the server's fixture gives the plugin
 # The demo model has no Redux or ControlNet to go with it; other models' are run by test_families.py, up to the VAE.
-OTHER_MODELS = {"text_to_image_flux2", "text_to_image_qwen_image", "text_to_image_z_image", "text_to_video_wan"}
+OTHER_MODELS = {f"text_to_image_{model}" for model in ("flux2", "qwen_image", "z_image")}
+OTHER_MODELS |= {"text_to_video_hunyuan", "text_to_video_wan"}
 RUN_BY_DEMO = [name for name in NAMES if name not in ("redux", "controlnet", *OTHER_MODELS)]
 HANGS_ON_MODELS = {"unet_name", "clip_name1", "clip_name2", "vae_name", "clip_name", "style_model_name"}
 HANGS_ON_MODELS |= {"control_net_name"}

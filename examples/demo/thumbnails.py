@@ -29,6 +29,7 @@ FRAMED = {
     "text_to_image_flux2": ("CLIPTextEncode", "Flux2Scheduler", "CFGGuider", "RandomNoise", "SamplerCustomAdvanced"),
     "text_to_image_qwen_image": ("CLIPTextEncode", "EmptySD3LatentImage", "ModelSamplingAuraFlow", "KSampler"),
     "text_to_image_z_image": ("CLIPTextEncode", "EmptySD3LatentImage", "ModelSamplingAuraFlow", "KSampler"),
+    "text_to_video_hunyuan": ("CLIPTextEncode", "FluxGuidance", "EmptyHunyuanLatentVideo", "KSampler"),
     "text_to_video_wan": ("CLIPTextEncode", "EmptyHunyuanLatentVideo", "ModelSamplingSD3", "KSamplerAdvanced"),
 }
 FILES = {

@@ -14,11 +14,12 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import torch
-from comfy.model_base import BaseModel
+from comfy.model_base import BaseModel, HunyuanImage21, HunyuanVideo
 from comfy.model_management import get_torch_device, throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..dialects import HUNYUAN_NAMES, renamed_by
 from ..errors import SVDQuantError
 from ..lora_checks import describe_adapters
 from ..lora_files import foreign_architecture, read_lora
@@ -27,6 +28,7 @@ from .adapters import Offset, check, difference, fits_beside, reduced, translate
 from .layout import is_quantized
 
 CACHED_FILES = 8
+TENCENT_NAMES = tuple((comfyuis, theirs) for theirs, comfyuis in HUNYUAN_NAMES)
 NOT_LOADED = "lora key not loaded: "
 MAIN_KEYS = (  # one for each way to say what happens to a weight
     *(".lora_up.weight", "_lora.up.weight", ".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight"),
@@ -131,7 +133,7 @@ def match_keys(tensors: dict[str, Tensor], model: BaseModel, name: str) -> LoraP
 
     :class:`SVDQuantError` if that is nothing.
     """
-    key_map = with_narrow_kv(comfy.lora.model_lora_keys_unet(model, {}), model)
+    key_map = with_other_names(with_narrow_kv(comfy.lora.model_lora_keys_unet(model, {}), model), model)
     converted = comfy.lora_convert.convert_lora(dict(tensors))
     with keys_not_loaded() as unused:
         patches = comfy.lora.load_lora(converted, key_map)
@@ -151,6 +153,24 @@ def with_narrow_kv(key_map: dict[str, Any], model: BaseModel) -> dict[str, Any]:
             if start:
                 key_map[name] = key, (dim, width if start == width else width + narrow, narrow)
     return key_map
+
+
+def with_other_names(key_map: dict[str, Any], model: BaseModel) -> dict[str, Any]:
+    """ComfyUI's map of HunyuanVideo and HunyuanImage, with the names that musubi-tuner and diffusers write."""
+    if not isinstance(model, HunyuanVideo | HunyuanImage21):
+        return key_map
+    out = dict(key_map)
+    for name, target in key_map.items():
+        if name.startswith("diffusion_model."):
+            theirs = renamed_by(TENCENT_NAMES, f"{name}.").removesuffix(".")
+            bare = theirs.removeprefix("diffusion_model.")
+            out |= dict.fromkeys((theirs, f"transformer.{bare}", f"lora_unet_{bare.replace('.', '_')}"), target)
+    for key, target in comfy.utils.flux_to_diffusers(model.model_config.unet_config, "diffusion_model.").items():
+        if key.startswith(("transformer_blocks.", "single_transformer_blocks.")) and key.endswith(".weight"):
+            bare = key.removesuffix(".weight")
+            plain = bare.replace(".", "_")
+            out |= dict.fromkeys((bare, f"transformer.{bare}", f"lora_transformer_{plain}", f"lycoris_{plain}"), target)
+    return out
 
 
 def check_patch(lora: LoraPatches, target: Any, model: BaseModel) -> tuple[str, Tensor, bool]:
