@@ -39,7 +39,7 @@ class Recipe:
     """A model family. ``keys`` must be in the state dict and ``absent`` must not; other layers stay 16 bit.
 
     ``text`` is the linear that reads the text encoder's tokens, ``pooled`` the one for its pooled output, if the model
-    has that; calibration samples ``frames`` pictures of a latent.
+    has that; text comes with a mask if it is ``masked``. Calibration samples ``frames`` pictures of a latent.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     text: str = "txt_in"
     pooled: str = "vector_in.in_layer"
+    masked: bool = False
     frames: int = 1
 
     @property
@@ -283,7 +284,46 @@ WAN_VACE = replace(
     ),
 )
 
-RECIPES: tuple[Recipe, ...] = (FLUX, FLUX2, CHROMA, *HUNYUANS, QWEN_IMAGE, Z_IMAGE, LUMINA2, WAN, WAN_I2V, WAN_VACE)
+LTXV = Recipe(
+    name="ltxv",
+    title="LTX-Video",
+    keys=(
+        "patchify_proj.weight",
+        "adaln_single.linear.weight",
+        "caption_projection.linear_1.weight",
+        "transformer_blocks.0.attn1.to_q.weight",
+        "transformer_blocks.0.attn2.to_k.weight",
+        "transformer_blocks.0.ff.net.0.proj.weight",
+    ),
+    absent=("audio_adaln_single.linear.weight",),
+    # As in Wan keys and values of the text are an eighth of all weights. attn2.to_q reads what the blocks add up to.
+    rules=(
+        *(Rule(f"transformer_blocks.{{i}}.attn1.to_{c}", shares="attn1") for c in "qkv"),
+        Rule("transformer_blocks.{i}.attn1.to_out.0"),
+        Rule("transformer_blocks.{i}.attn2.to_q", W8A8),
+        *(Rule(f"transformer_blocks.{{i}}.attn2.to_{c}", W8A8, shares="text") for c in "kv"),
+        Rule("transformer_blocks.{i}.attn2.to_out.0"),
+        Rule("transformer_blocks.{i}.ff.net.0.proj"),
+        Rule("transformer_blocks.{i}.ff.net.2", after_gelu=True),
+    ),
+    text="caption_projection.linear_1",
+    masked=True,
+    frames=5,
+)
+
+RECIPES: tuple[Recipe, ...] = (
+    FLUX,
+    FLUX2,
+    CHROMA,
+    *HUNYUANS,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    LUMINA2,
+    WAN,
+    WAN_I2V,
+    WAN_VACE,
+    LTXV,
+)
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
 FLUX_RELEASES = {  # by what shapes tell: whether guidance is an input, and the channels that img_in reads
@@ -306,6 +346,8 @@ RELEASES: dict[tuple[str, tuple[int, ...], int], str] = {  # of the other famili
     ("wan_vace", (30, 15), 1536): "VACE 1.3B",
     ("wan", (30,), 3072): "2.2 5B",
     ("wan", (30,), 1536): "2.1 1.3B",
+    ("ltxv", (48,), 4096): "13B",
+    ("ltxv", (28,), 2048): "2B",
 }
 
 # What else people drop here, by a key only that family has; the first hit names it.

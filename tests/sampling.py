@@ -16,10 +16,10 @@ def load(path: Path, dtype: torch.dtype | None = None):
     return load_svdquant(path, dtype)
 
 
-def conditioning(length: int = TOKENS, seed: int = 0) -> list:
+def conditioning(length: int = TOKENS, seed: int = 0, **more) -> list:
     generator = torch.Generator().manual_seed(seed)
     context = torch.randn(1, length, small_flux.CONTEXT, generator=generator)
-    return [[context, {"pooled_output": torch.randn(1, small_flux.POOLED, generator=generator)}]]
+    return [[context, {"pooled_output": torch.randn(1, small_flux.POOLED, generator=generator), **more}]]
 
 
 def sample(model, steps=STEPS, cfg=1.0, positive=None, negative=None, latent=None, denoise=1.0, batch=1) -> Tensor:

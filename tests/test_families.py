@@ -22,6 +22,7 @@ from comfyui_svdquant.svdq_core.recipes import (
     HUNYUAN_IMAGE,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO15,
+    LTXV,
     LUMINA2,
     QWEN_IMAGE,
     W4A4,
@@ -43,7 +44,7 @@ import small_flux
 from host.prompts import run, template_up_to_the_vae
 from host.server import ComfyServer
 from narrow import read_widths
-from sampling import assert_same, error_db, load, sample
+from sampling import assert_same, conditioning, error_db, load, sample
 from test_quantize_node import graph
 
 WIDTH, GUIDANCE, TEXT = 256, 64, small_flux.CONTEXT
@@ -63,6 +64,11 @@ class Family:
     kinds: set[str] = field(default_factory=lambda: {W4A4})
     sliced: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows of the layer, where not all
     width: int = WIDTH
+    config: dict[str, Any] = field(default_factory=dict)  # in the metadata of its files
+
+    def save(self, path: Path) -> None:
+        save_file(self.make(), path, {"config": json.dumps({"transformer": self.config})} if self.config else None)
+
     latent: tuple[int, ...] = (1, 16, 8, 8)
 
 
@@ -144,6 +150,15 @@ def random_vace() -> dict[str, Tensor]:
 
     config = {"dim": WIDTH, "ffn_dim": 2 * WIDTH, "num_heads": 2, "num_layers": 2, "text_dim": TEXT}
     return random_weights(meta(VaceWanModel, vace_layers=1, vace_in_dim=96, **config))
+
+
+LTX = {"num_attention_heads": 2, "attention_head_dim": 128, "caption_channels": TEXT, "cross_attention_dim": WIDTH}
+
+
+def random_ltxv() -> dict[str, Tensor]:
+    from comfy.ldm.lightricks.model import LTXVModel
+
+    return random_weights(meta(LTXVModel, num_layers=2, **LTX))
 
 
 FAMILIES = [
@@ -340,6 +355,25 @@ FAMILIES = [
         },
         latent=(1, 16, 3, 8, 8),
     ),
+    Family(
+        LTXV,
+        random_ltxv,
+        blocks=(2,),
+        layers=20,
+        after_gelu=2,
+        kept={"patchify_proj", "adaln_single", "caption_projection", "proj_out"},
+        kinds={W4A4, W8A8},
+        lora={
+            "transformer.transformer_blocks.0.attn1.to_q": "transformer_blocks.0.attn1.to_q",
+            "diffusion_model.transformer_blocks.0.attn2.to_out.0": "transformer_blocks.0.attn2.to_out.0",
+            "base_model.model.transformer_blocks.1.ff.net.0.proj": "transformer_blocks.1.ff.net.0.proj",
+            "transformer_blocks.1.ff.net.2": "transformer_blocks.1.ff.net.2",
+            "lora_unet_transformer_blocks_1_attn2_to_v": "transformer_blocks.1.attn2.to_v",
+            "diffusion_model.patchify_proj": "patchify_proj",
+        },
+        latent=(1, 128, 3, 2, 2),
+        config=LTX,
+    ),
 ]  # fmt: skip
 
 
@@ -359,7 +393,7 @@ def files(host, family, tmp_path_factory) -> dict[str, Path]:
 
     folder = tmp_path_factory.mktemp(family.recipe.name)
     found = {form: folder / f"{form}.safetensors" for form in ("bf16", "int4")}
-    save_file(family.make(), found["bf16"])
+    family.save(found["bf16"])
     source = ModelSource(host.sd.load_diffusion_model(str(found["bf16"])))
     prompts, settings = [blank_conditioning(source, i) for i in range(2)], CalibrationSettings(steps=2, size=64)
     events: list[dict[str, Any]] = []
@@ -399,7 +433,9 @@ def test_what_is_not_quantized_is_as_it_was(family, files):
 
 
 def sampled(model: Any, family: Family) -> Tensor:
-    return sample(model, latent=torch.zeros(family.latent))
+    mask = {"attention_mask": torch.tensor([[1] * 5 + [0] * 2])} if family.recipe.masked else {}
+    text = conditioning(**mask)
+    return sample(model, positive=text, negative=text, latent=torch.zeros(family.latent))
 
 
 def test_samples(host, family, files):
@@ -589,7 +625,7 @@ TEMPLATES = {
 def test_quantize_and_the_template(server: ComfyServer, host, tmp_path, name):
     """Quantized with nothing but the model connected; then the template, all but its text encoder and VAE."""
     family = next(family for family in FAMILIES if family.recipe.name == name)
-    save_file(family.make(), tmp_path / f"{name}_bf16.safetensors")
+    family.save(tmp_path / f"{name}_bf16.safetensors")
     server.add_model(tmp_path / f"{name}_bf16.safetensors")
     server.run(graph(f"{name}_bf16", file_name=f"{name}_int4", size=64, max_prompts=2))
     facts = server.get(f"/svdquant/file?name={name}_int4.safetensors")

@@ -159,4 +159,5 @@ def blank_conditioning(source: ModelSource, seed: int) -> Conditioning:
     shapes, generator = source.shapes(), torch.Generator().manual_seed(seed)
     context = torch.randn(1, 64, shapes[f"{source.recipe.text}.weight"][1], generator=generator)
     pooled = torch.randn(1, shapes.get(f"{source.recipe.pooled}.weight", (1, 1))[1], generator=generator)
-    return [[context, {"pooled_output": pooled}]]
+    mask = {"attention_mask": torch.ones(1, 64, dtype=torch.long)} if source.recipe.masked else {}
+    return [[context, {"pooled_output": pooled, **mask}]]

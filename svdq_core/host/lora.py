@@ -14,7 +14,7 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import torch
-from comfy.model_base import BaseModel, HunyuanImage21, HunyuanVideo
+from comfy.model_base import LTXAV, LTXV, BaseModel, HunyuanImage21, HunyuanVideo
 from comfy.model_management import get_torch_device, throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -156,20 +156,23 @@ def with_narrow_kv(key_map: dict[str, Any], model: BaseModel) -> dict[str, Any]:
 
 
 def with_other_names(key_map: dict[str, Any], model: BaseModel) -> dict[str, Any]:
-    """ComfyUI's map of HunyuanVideo and HunyuanImage, with the names that musubi-tuner and diffusers write."""
-    if not isinstance(model, HunyuanVideo | HunyuanImage21):
-        return key_map
-    out = dict(key_map)
-    for name, target in key_map.items():
-        if name.startswith("diffusion_model."):
+    """ComfyUI's map with what it lacks of the names that musubi-tuner and diffusers write."""
+    prefix, out = "diffusion_model.", dict(key_map)
+    layers = {name.removeprefix(prefix): target for name, target in key_map.items() if name.startswith(prefix)}
+    if isinstance(model, LTXV | LTXAV):
+        out |= {f"transformer.{name}": target for name, target in layers.items()}
+    if isinstance(model, HunyuanVideo | HunyuanImage21):
+        for name, target in layers.items():
             theirs = renamed_by(TENCENT_NAMES, f"{name}.").removesuffix(".")
-            bare = theirs.removeprefix("diffusion_model.")
-            out |= dict.fromkeys((theirs, f"transformer.{bare}", f"lora_unet_{bare.replace('.', '_')}"), target)
-    for key, target in comfy.utils.flux_to_diffusers(model.model_config.unet_config, "diffusion_model.").items():
-        if key.startswith(("transformer_blocks.", "single_transformer_blocks.")) and key.endswith(".weight"):
-            bare = key.removesuffix(".weight")
-            plain = bare.replace(".", "_")
-            out |= dict.fromkeys((bare, f"transformer.{bare}", f"lora_transformer_{plain}", f"lycoris_{plain}"), target)
+            plain = theirs.replace(".", "_")
+            out |= dict.fromkeys((f"{prefix}{theirs}", f"transformer.{theirs}", f"lora_unet_{plain}"), target)
+        for key, target in comfy.utils.flux_to_diffusers(model.model_config.unet_config, prefix).items():
+            if key.startswith(("transformer_blocks.", "single_transformer_blocks.")) and key.endswith(".weight"):
+                name = key.removesuffix(".weight")
+                plain = name.replace(".", "_")
+                out |= dict.fromkeys(
+                    (name, f"transformer.{name}", f"lora_transformer_{plain}", f"lycoris_{plain}"), target
+                )
     return out
 
 

@@ -48,9 +48,10 @@ def preview_lora(path: Path, model: Path | None) -> tuple[LoraPatches, list[int]
 def outline(path: Path, modified: int, size: int) -> tuple[BaseModel, set[str]]:
     """ComfyUI's model class for a file as it was at that time, with weights on the meta device, and the keys of its
     quantized weights."""
-    sd = to_comfy_names(read_header(path)[0], str(path))
+    tensors, metadata = read_header(path)
+    sd = to_comfy_names(tensors, str(path))
     with silence():
-        config = comfy.model_detection.model_config_from_unet(sd, "")
+        config = comfy.model_detection.model_config_from_unet(sd, "", metadata=metadata)
     if config is None:
         raise SVDQuantError(f"{path.name}: ComfyUI does not know this architecture. A newer ComfyUI may.")
     quantized = set()
