@@ -38,8 +38,9 @@ class Rule:
 class Recipe:
     """A model family. ``keys`` must be in the state dict and ``absent`` must not; other layers stay 16 bit.
 
-    ``text`` is the linear that reads the text encoder's tokens, ``pooled`` the one for its pooled output, if the model
-    has that; text comes with a mask if it is ``masked``. Calibration samples ``frames`` pictures of a latent.
+    ``text`` are the linears that read the text encoder's tokens, side by side, ``pooled`` the one for its pooled
+    output, if the model has that; text comes with a mask if it is ``masked``. Calibration samples ``frames`` pictures
+    of a latent, and ``sound`` with them.
     """
 
     name: str
@@ -47,10 +48,11 @@ class Recipe:
     keys: tuple[str, ...]
     absent: tuple[str, ...]
     rules: tuple[Rule, ...]
-    text: str = "txt_in"
+    text: tuple[str, ...] = ("txt_in",)
     pooled: str = "vector_in.in_layer"
     masked: bool = False
     frames: int = 1
+    sound: bool = False
 
     @property
     def lists(self) -> tuple[str, ...]:
@@ -143,7 +145,7 @@ HUNYUAN_VIDEO = Recipe(
     ),
     absent=(),
     rules=FLUX.rules,  # the same blocks
-    text="txt_in.input_embedder",
+    text=("txt_in.input_embedder",),
     frames=5,
 )
 
@@ -215,7 +217,7 @@ Z_IMAGE = Recipe(
             ("feed_forward.w2", None),
         )
     ),
-    text="cap_embedder.1",
+    text=("cap_embedder.1",),
 )
 
 LUMINA2 = replace(
@@ -259,7 +261,7 @@ WAN = Recipe(
         Rule("blocks.{i}.ffn.0"),
         Rule("blocks.{i}.ffn.2", after_gelu=True),
     ),
-    text="text_embedding.0",
+    text=("text_embedding.0",),
     frames=5,
 )
 
@@ -284,6 +286,17 @@ WAN_VACE = replace(
     ),
 )
 
+
+def ltx_attention(name: str, reads: str | None = None, kind: str = W4A4, queries: str = W4A4) -> tuple[Rule, ...]:
+    """Its keys and values, of a ``kind``, read something else than its ``queries`` if a name for that is given."""
+    layer = f"transformer_blocks.{{i}}.{name}"
+    return (
+        Rule(f"{layer}.to_q", queries, shares=None if reads else name),
+        *(Rule(f"{layer}.to_{c}", kind, shares=reads or name) for c in "kv"),
+        Rule(f"{layer}.to_out.0"),
+    )
+
+
 LTXV = Recipe(
     name="ltxv",
     title="LTX-Video",
@@ -298,17 +311,46 @@ LTXV = Recipe(
     absent=("audio_adaln_single.linear.weight",),
     # As in Wan keys and values of the text are an eighth of all weights. attn2.to_q reads what the blocks add up to.
     rules=(
-        *(Rule(f"transformer_blocks.{{i}}.attn1.to_{c}", shares="attn1") for c in "qkv"),
-        Rule("transformer_blocks.{i}.attn1.to_out.0"),
-        Rule("transformer_blocks.{i}.attn2.to_q", W8A8),
-        *(Rule(f"transformer_blocks.{{i}}.attn2.to_{c}", W8A8, shares="text") for c in "kv"),
-        Rule("transformer_blocks.{i}.attn2.to_out.0"),
+        *ltx_attention("attn1"),
+        *ltx_attention("attn2", "text", W8A8, queries=W8A8),
         Rule("transformer_blocks.{i}.ff.net.0.proj"),
         Rule("transformer_blocks.{i}.ff.net.2", after_gelu=True),
     ),
-    text="caption_projection.linear_1",
+    text=("caption_projection.linear_1",),
     masked=True,
     frames=5,
+)
+
+LTXAV = replace(
+    LTXV,
+    name="ltxav",
+    title="LTX-2",
+    keys=(*LTXV.keys, "audio_adaln_single.linear.weight", "transformer_blocks.0.audio_to_video_attn.to_q.weight"),
+    absent=(),
+    # Video and audio, each as in LTX-Video, and both looking at each other. What reads the sums has a norm here.
+    rules=(
+        *ltx_attention("attn1"),
+        *ltx_attention("audio_attn1"),
+        *ltx_attention("attn2", "text", W8A8),
+        *ltx_attention("audio_attn2", "audio_text", W8A8),
+        *ltx_attention("audio_to_video_attn", "audio"),
+        *ltx_attention("video_to_audio_attn", "video"),
+        Rule("transformer_blocks.{i}.ff.net.0.proj"),
+        Rule("transformer_blocks.{i}.ff.net.2", after_gelu=True),
+        Rule("transformer_blocks.{i}.audio_ff.net.0.proj"),
+        Rule("transformer_blocks.{i}.audio_ff.net.2", after_gelu=True),
+    ),
+    masked=False,
+    sound=True,
+)
+
+LTXAV23 = replace(
+    LTXAV,
+    name="ltxav23",
+    title="LTX-2.3",
+    keys=tuple(key for key in LTXAV.keys if "caption_projection" not in key),
+    absent=("caption_projection.linear_1.weight",),
+    text=("transformer_blocks.0.attn2.to_k", "transformer_blocks.0.audio_attn2.to_k"),
 )
 
 RECIPES: tuple[Recipe, ...] = (
@@ -323,6 +365,8 @@ RECIPES: tuple[Recipe, ...] = (
     WAN_I2V,
     WAN_VACE,
     LTXV,
+    LTXAV,
+    LTXAV23,
 )
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
@@ -346,6 +390,8 @@ RELEASES: dict[tuple[str, tuple[int, ...], int], str] = {  # of the other famili
     ("wan_vace", (30, 15), 1536): "VACE 1.3B",
     ("wan", (30,), 3072): "2.2 5B",
     ("wan", (30,), 1536): "2.1 1.3B",
+    ("ltxav", (48,), 4096): "19B",
+    ("ltxav23", (48,), 4096): "22B",
     ("ltxv", (48,), 4096): "13B",
     ("ltxv", (28,), 2048): "2B",
 }
@@ -374,7 +420,7 @@ def facts_of(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str,
     blocks = tuple(
         len({key.split(".")[1] for key in shapes if key.startswith(f"{blocks}.")}) for blocks in recipe.lists
     )
-    width = shapes[f"{recipe.text}.weight"][0]
+    width = shapes[f"{recipe.text[0]}.weight"][0]
     release = RELEASES.get((recipe.name, blocks, width))
     if recipe is FLUX and (blocks, width) == (FLUX_BLOCKS, FLUX_WIDTH):
         release = FLUX_RELEASES.get(("guidance_in.in_layer.weight" in shapes, shapes["img_in.weight"][1]))

@@ -16,9 +16,9 @@ def load(path: Path, dtype: torch.dtype | None = None):
     return load_svdquant(path, dtype)
 
 
-def conditioning(length: int = TOKENS, seed: int = 0, **more) -> list:
+def conditioning(length: int = TOKENS, seed: int = 0, width: int = small_flux.CONTEXT, **more) -> list:
     generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, length, small_flux.CONTEXT, generator=generator)
+    context = torch.randn(1, length, width, generator=generator)
     return [[context, {"pooled_output": torch.randn(1, small_flux.POOLED, generator=generator), **more}]]
 
 

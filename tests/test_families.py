@@ -22,6 +22,8 @@ from comfyui_svdquant.svdq_core.recipes import (
     HUNYUAN_IMAGE,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO15,
+    LTXAV,
+    LTXAV23,
     LTXV,
     LUMINA2,
     QWEN_IMAGE,
@@ -64,6 +66,7 @@ class Family:
     kinds: set[str] = field(default_factory=lambda: {W4A4})
     sliced: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows of the layer, where not all
     width: int = WIDTH
+    text: int = TEXT
     config: dict[str, Any] = field(default_factory=dict)  # in the metadata of its files
 
     def save(self, path: Path) -> None:
@@ -159,6 +162,19 @@ def random_ltxv() -> dict[str, Tensor]:
     from comfy.ldm.lightricks.model import LTXVModel
 
     return random_weights(meta(LTXVModel, num_layers=2, **LTX))
+
+
+LTX2 = LTX | {"audio_num_attention_heads": 2, "audio_attention_head_dim": 64, "audio_cross_attention_dim": 128}
+LTX2 |= {"connector_num_attention_heads": 1, "connector_attention_head_dim": TEXT}
+LTX23 = LTX2 | {"caption_proj_before_connector": True, "caption_projection_first_linear": False}
+LTX23 |= {"cross_attention_adaln": True, "apply_gated_attention": True, "connector_num_attention_heads": 2}
+LTX23 |= {"audio_connector_num_attention_heads": 1}
+
+
+def random_ltx2(config: dict[str, Any]) -> dict[str, Tensor]:
+    from comfy.ldm.lightricks.av_model import LTXAVModel
+
+    return random_weights(meta(LTXAVModel, num_layers=1, **config))
 
 
 FAMILIES = [
@@ -374,6 +390,43 @@ FAMILIES = [
         latent=(1, 128, 3, 2, 2),
         config=LTX,
     ),
+    Family(
+        LTXAV,
+        lambda: random_ltx2(LTX2),
+        blocks=(1,),
+        layers=28,
+        after_gelu=2,
+        kept={"patchify_proj", "adaln_single", "caption_projection", "proj_out", "video_embeddings_connector"}
+        | {f"audio_{name}" for name in ("patchify_proj", "adaln_single", "caption_projection", "proj_out")}
+        | {"audio_embeddings_connector", "av_ca_a2v_gate_adaln_single", "av_ca_v2a_gate_adaln_single"}
+        | {f"av_ca_{kind}_scale_shift_adaln_single" for kind in ("audio", "video")},
+        kinds={W4A4, W8A8},
+        lora={
+            "diffusion_model.transformer_blocks.0.audio_attn1.to_q": "transformer_blocks.0.audio_attn1.to_q",
+            "transformer.transformer_blocks.0.attn2.to_k": "transformer_blocks.0.attn2.to_k",
+            "transformer_blocks.0.audio_to_video_attn.to_out.0": "transformer_blocks.0.audio_to_video_attn.to_out.0",
+            "lora_unet_transformer_blocks_0_audio_ff_net_2": "transformer_blocks.0.audio_ff.net.2",
+        },
+        latent=(1, 128, 3, 2, 2),
+        config=LTX2,
+    ),
+    Family(
+        LTXAV23,
+        lambda: random_ltx2(LTX23),
+        blocks=(1,),
+        layers=28,
+        after_gelu=2,
+        kept={"patchify_proj", "adaln_single", "proj_out", "video_embeddings_connector", "prompt_adaln_single"}
+        | {f"audio_{name}" for name in ("patchify_proj", "adaln_single", "prompt_adaln_single", "proj_out")}
+        | {"audio_embeddings_connector", "av_ca_a2v_gate_adaln_single", "av_ca_v2a_gate_adaln_single"}
+        | {f"av_ca_{kind}_scale_shift_adaln_single" for kind in ("audio", "video")}
+        | {"transformer_blocks"},  # to_gate_logits
+        kinds={W4A4, W8A8},
+        lora={"transformer.transformer_blocks.0.attn1.to_out.0": "transformer_blocks.0.attn1.to_out.0"},
+        text=WIDTH + TEXT,
+        latent=(1, 128, 3, 2, 2),
+        config=LTX23,
+    ),
 ]  # fmt: skip
 
 
@@ -434,8 +487,13 @@ def test_what_is_not_quantized_is_as_it_was(family, files):
 
 def sampled(model: Any, family: Family) -> Tensor:
     mask = {"attention_mask": torch.tensor([[1] * 5 + [0] * 2])} if family.recipe.masked else {}
-    text = conditioning(**mask)
-    return sample(model, positive=text, negative=text, latent=torch.zeros(family.latent))
+    text, latent = conditioning(width=family.text, **mask), torch.zeros(family.latent)
+    if not family.recipe.sound:
+        return sample(model, positive=text, negative=text, latent=latent)
+    from comfy.nested_tensor import NestedTensor
+
+    found = sample(model, positive=text, negative=text, latent=NestedTensor((latent, torch.zeros(1, 8, 17, 16))))
+    return torch.cat([t.flatten() for t in found.unbind()])
 
 
 def test_samples(host, family, files):

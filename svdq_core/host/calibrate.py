@@ -14,6 +14,7 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.nested_tensor import NestedTensor
 from torch import Tensor
 
 from ..calibration import DEFAULT_RAM_LIMIT, ActivationCollector, Samples, tokens_within
@@ -74,6 +75,8 @@ def calibrate(
                 on_event(event)
 
             prompt, start = as_large(prompt, latent, frames)
+            if source.recipe.sound:
+                start = with_sound(model, start)
             noise = comfy.sample.prepare_noise(start, settings.seed + i)
             comfy.sample.sample(
                 model,
@@ -90,6 +93,14 @@ def calibrate(
                 seed=settings.seed + i,
             )
     return collector.samples()
+
+
+def with_sound(model: ModelPatcher, video: Tensor) -> NestedTensor:
+    """LTX-2's empty latent: a video (1, C, T, H, W) at 25 frames a second, and its audio (1, C, 25 a second, F)."""
+    net: Any = model.model.diffusion_model
+    length = 1 + (video.shape[2] - 1) * net.vae_scale_factors[0]
+    audio = video.new_zeros(1, net.num_audio_channels, length, net.audio_frequency_bins)
+    return NestedTensor((video, audio))
 
 
 FRAMES = ("concat_latent_image", "vace_frames")  # a conditioning's pictures, one for every frame
@@ -129,12 +140,13 @@ class Previewer:
         self.decoder: latent_preview.LatentPreviewer | None = None
 
     def picture(self, denoised: Tensor, due: bool) -> str | None:
-        """``denoised (1, C, H, W)`` as the data URL of a JPEG, when one is ``due`` or the last is a while ago."""
+        """``denoised (1, C, [T,] H, W)`` as the data URL of a JPEG, when one is ``due`` or the last is a while ago."""
         if self.failed or not (due or time.monotonic() - self.last > PREVIEW_SECONDS):
             return None
         try:
             self.decoder = self.decoder or latent_decoder(self.model)
-            image = self.decoder.decode_latent_to_preview(denoised)
+            video = denoised.unbind()[0] if denoised.is_nested else denoised  # beside its audio
+            image = self.decoder.decode_latent_to_preview(video)
             image.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
             jpeg = io.BytesIO()
             image.save(jpeg, "JPEG", quality=80, subsampling=0)
@@ -157,7 +169,8 @@ def latent_decoder(model: ModelPatcher) -> latent_preview.LatentPreviewer:
 def blank_conditioning(source: ModelSource, seed: int) -> Conditioning:
     """Stands in for a text encoder that is not connected: tokens of unit size, as random as the seed."""
     shapes, generator = source.shapes(), torch.Generator().manual_seed(seed)
-    context = torch.randn(1, 64, shapes[f"{source.recipe.text}.weight"][1], generator=generator)
+    width = sum(shapes[f"{layer}.weight"][1] for layer in source.recipe.text)
+    context = torch.randn(1, 64, width, generator=generator)
     pooled = torch.randn(1, shapes.get(f"{source.recipe.pooled}.weight", (1, 1))[1], generator=generator)
     mask = {"attention_mask": torch.ones(1, 64, dtype=torch.long)} if source.recipe.masked else {}
     return [[context, {"pooled_output": pooled, **mask}]]
