@@ -353,6 +353,29 @@ LTXAV23 = replace(
     text=("transformer_blocks.0.attn2.to_k", "transformer_blocks.0.audio_attn2.to_k"),
 )
 
+KREA2 = Recipe(
+    name="krea2",
+    title="Krea 2",
+    keys=(
+        "first.weight",
+        "txtfusion.projector.weight",
+        "txtmlp.1.weight",
+        "tproj.1.weight",
+        "blocks.0.attn.wq.weight",
+        "blocks.0.mlp.gate.weight",
+    ),
+    absent=(),
+    # One layer makes the modulations of all blocks. The text's own blocks stay 16 bit.
+    rules=(
+        *(Rule(f"blocks.{{i}}.attn.{name}", shares="attn") for name in ("wq", "wk", "wv", "gate")),
+        Rule("blocks.{i}.attn.wo"),
+        Rule("blocks.{i}.mlp.gate", shares="mlp"),
+        Rule("blocks.{i}.mlp.up", shares="mlp"),
+        Rule("blocks.{i}.mlp.down"),
+    ),
+    text=("txtmlp.1",) * 12,  # of as many layers of the text encoder
+)
+
 RECIPES: tuple[Recipe, ...] = (
     FLUX,
     FLUX2,
@@ -367,6 +390,7 @@ RECIPES: tuple[Recipe, ...] = (
     LTXV,
     LTXAV,
     LTXAV23,
+    KREA2,
 )
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072

@@ -22,6 +22,7 @@ from comfyui_svdquant.svdq_core.recipes import (
     HUNYUAN_IMAGE,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO15,
+    KREA2,
     LTXAV,
     LTXAV23,
     LTXV,
@@ -175,6 +176,12 @@ def random_ltx2(config: dict[str, Any]) -> dict[str, Tensor]:
     from comfy.ldm.lightricks.av_model import LTXAVModel
 
     return random_weights(meta(LTXAVModel, num_layers=1, **config))
+
+
+def random_krea2() -> dict[str, Tensor]:
+    from comfy.ldm.krea2.model import SingleStreamDiT
+
+    return random_weights(meta(SingleStreamDiT, features=WIDTH, heads=2, kvheads=1, layers=1, txtdim=40))
 
 
 FAMILIES = [
@@ -370,6 +377,24 @@ FAMILIES = [
             "lora_unet_vace_blocks_0_ffn_2": "vace_blocks.0.ffn.2",
         },
         latent=(1, 16, 3, 8, 8),
+    ),
+    Family(
+        KREA2,
+        random_krea2,
+        blocks=(1,),
+        layers=8,
+        after_gelu=0,
+        kept={"first", "last", "tmlp", "tproj", "txtfusion", "txtmlp"},
+        lora={
+            "diffusion_model.blocks.0.attn.wk": "blocks.0.attn.wk",
+            "transformer.transformer_blocks.0.attn.to_gate": "blocks.0.attn.gate",
+            "base_model.model.transformer_blocks.0.attn.to_out.0": "blocks.0.attn.wo",
+            "base_model.model.blocks.0.mlp.up": "blocks.0.mlp.up",
+            "transformer_blocks.0.ff.down": "blocks.0.mlp.down",
+            "lora_unet_txtfusion_refiner_blocks_0_mlp_gate": "txtfusion.refiner_blocks.0.mlp.gate",
+        },
+        text=12 * 40,
+        latent=(1, 16, 1, 8, 8),
     ),
     Family(
         LTXV,
