@@ -10,7 +10,7 @@ from .errors import SVDQuantError
 from .nunchaku_files import Progress, from_nunchaku_model, is_nunchaku, no_progress
 from .recipes import Z_IMAGE
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "transformer.", "net.")
 TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4
 
 SCALE_AND_SHIFT = "norm_out.linear"  # diffusers stores scale before shift, BFL after it

@@ -376,6 +376,36 @@ KREA2 = Recipe(
     text=("txtmlp.1",) * 12,  # of as many layers of the text encoder
 )
 
+ANIMA = Recipe(
+    name="anima",
+    title="Anima",
+    keys=(
+        "x_embedder.proj.1.weight",
+        "t_embedder.1.linear_1.weight",
+        "llm_adapter.blocks.0.cross_attn.q_proj.weight",  # Cosmos-Predict2 has none
+        "blocks.0.self_attn.q_proj.weight",
+        "blocks.0.adaln_modulation_mlp.1.weight",
+        "blocks.0.mlp.layer1.weight",
+    ),
+    absent=(),
+    # Modulations are an eleventh of the blocks' weights, keys and values of the text a sixteenth.
+    rules=(
+        *(
+            Rule(f"blocks.{{i}}.adaln_modulation_{of}.{n}", W4A16)
+            for of in ("self_attn", "cross_attn", "mlp")
+            for n in (1, 2)
+        ),
+        *(Rule(f"blocks.{{i}}.self_attn.{c}_proj", shares="self_attn") for c in "qkv"),
+        Rule("blocks.{i}.self_attn.output_proj"),
+        Rule("blocks.{i}.cross_attn.q_proj"),
+        *(Rule(f"blocks.{{i}}.cross_attn.{c}_proj", W8A8, shares="text") for c in "kv"),
+        Rule("blocks.{i}.cross_attn.output_proj"),
+        Rule("blocks.{i}.mlp.layer1"),
+        Rule("blocks.{i}.mlp.layer2", after_gelu=True),
+    ),
+    text=("blocks.0.cross_attn.k_proj",),
+)
+
 RECIPES: tuple[Recipe, ...] = (
     FLUX,
     FLUX2,
@@ -391,6 +421,7 @@ RECIPES: tuple[Recipe, ...] = (
     LTXAV,
     LTXAV23,
     KREA2,
+    ANIMA,
 )
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 Z_IMAGE = {
@@ -32,22 +33,28 @@ def widths(model: str, sd: dict[str, Any], prefix: str) -> dict[str, Any]:
         return {"n_heads": dim // head, "n_kv_heads": kv // head, **(Z_IMAGE if z_image else LUMINA2)}
     if model == "hunyuan_video" and f"{prefix}vector_in.in_layer.weight" in sd:
         return {"vec_in_dim": shape("vector_in.in_layer")[1]}
+    if model == "anima":
+        text = shape("blocks.0.cross_attn.k_proj")[1]
+        blocks = len({key.split(".")[1] for key in sd if key.startswith(f"{prefix}blocks.")})
+        return {"num_blocks": blocks, "num_heads": shape("x_embedder.proj.1")[0] // 128, "crossattn_emb_channels": text}
     return {"text_dim": shape("text_embedding.0")[1]} if model == "wan2.1" else {}
 
 
 @contextmanager
 def read_widths() -> Iterator[None]:
     """Within it ComfyUI's detection knows them."""
+    import comfy.ldm.anima.model as anima
     import comfy.model_detection as detection
 
-    comfyuis = detection.detect_unet_config
+    comfyuis, adapter = detection.detect_unet_config, anima.LLMAdapter
 
     def detect(sd: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> Any:
         found = comfyuis(sd, prefix, *args, **kwargs)
         return found and found | widths(found.get("image_model", ""), sd, prefix)
 
     detection.detect_unet_config = detect
+    anima.LLMAdapter = partial(adapter, 128, 128, 128, num_layers=1, num_heads=2)
     try:
         yield
     finally:
-        detection.detect_unet_config = comfyuis
+        detection.detect_unet_config, anima.LLMAdapter = comfyuis, adapter

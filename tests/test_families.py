@@ -17,6 +17,7 @@ from comfyui_svdquant.svdq_core.checkpoint import describe_file, read_checkpoint
 from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_Z_IMAGE, renamed_by
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
 from comfyui_svdquant.svdq_core.recipes import (
+    ANIMA,
     CHROMA,
     FLUX2,
     HUNYUAN_IMAGE,
@@ -68,6 +69,7 @@ class Family:
     sliced: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows of the layer, where not all
     width: int = WIDTH
     text: int = TEXT
+    options: dict[str, Tensor] = field(default_factory=dict)  # what its text encoder gives besides
     config: dict[str, Any] = field(default_factory=dict)  # in the metadata of its files
 
     def save(self, path: Path) -> None:
@@ -182,6 +184,15 @@ def random_krea2() -> dict[str, Tensor]:
     from comfy.ldm.krea2.model import SingleStreamDiT
 
     return random_weights(meta(SingleStreamDiT, features=WIDTH, heads=2, kvheads=1, layers=1, txtdim=40))
+
+
+def random_anima() -> dict[str, Tensor]:
+    from comfy.ldm.anima.model import Anima
+
+    config = {"max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16}
+    config |= {"model_channels": WIDTH, "num_blocks": 1, "num_heads": 2, "crossattn_emb_channels": TEXT}
+    config |= {"patch_spatial": 2, "patch_temporal": 1, "pos_emb_cls": "rope3d", "use_adaln_lora": True}
+    return random_weights(meta(Anima, **config))
 
 
 FAMILIES = [
@@ -379,6 +390,24 @@ FAMILIES = [
         latent=(1, 16, 3, 8, 8),
     ),
     Family(
+        ANIMA,
+        random_anima,
+        blocks=(1,),
+        layers=16,
+        after_gelu=1,
+        kept={"x_embedder", "t_embedder", "final_layer", "llm_adapter"},
+        kinds={W4A4, W4A16, W8A8},
+        lora={
+            "diffusion_model.blocks.0.self_attn.q_proj": "blocks.0.self_attn.q_proj",
+            "lora_unet_blocks_0_mlp_layer2": "blocks.0.mlp.layer2",
+            "base_model.model.blocks.0.mlp.layer1": "blocks.0.mlp.layer1",
+            "blocks.0.adaln_modulation_mlp.2": "blocks.0.adaln_modulation_mlp.2",
+            "lora_unet_blocks_0_cross_attn_v_proj": "blocks.0.cross_attn.v_proj",
+        },
+        latent=(1, 16, 1, 8, 8),
+        options={"t5xxl_ids": torch.arange(5), "t5xxl_weights": torch.ones(5)},
+    ),
+    Family(
         KREA2,
         random_krea2,
         blocks=(1,),
@@ -413,6 +442,7 @@ FAMILIES = [
             "diffusion_model.patchify_proj": "patchify_proj",
         },
         latent=(1, 128, 3, 2, 2),
+        options={"attention_mask": torch.tensor([[1] * 5 + [0] * 2])},
         config=LTX,
     ),
     Family(
@@ -511,8 +541,7 @@ def test_what_is_not_quantized_is_as_it_was(family, files):
 
 
 def sampled(model: Any, family: Family) -> Tensor:
-    mask = {"attention_mask": torch.tensor([[1] * 5 + [0] * 2])} if family.recipe.masked else {}
-    text, latent = conditioning(width=family.text, **mask), torch.zeros(family.latent)
+    text, latent = conditioning(width=family.text, **family.options), torch.zeros(family.latent)
     if not family.recipe.sound:
         return sample(model, positive=text, negative=text, latent=latent)
     from comfy.nested_tensor import NestedTensor
