@@ -36,8 +36,9 @@ class SVDQuantQuantize(io.ComfyNode):
             node_id="SVDQuantQuantize",
             display_name="SVDQuant Quantize",
             category="SVDQuant",
-            description="Turns a 16-bit model (FLUX, Qwen-Image, Z-Image, Wan), with the LoRAs and merges applied to "
-            "it, into a 4-bit file on your own GPU. Interrupt it at any time: the next run goes on from there.",
+            description="Turns a 16-bit model (FLUX, Qwen-Image, Z-Image, Wan, HunyuanVideo, LTX and others), with the "
+            "LoRAs and merges applied to it, into a 4-bit file on your own GPU. Interrupt it at any time: the next run "
+            "goes on from there.",
             search_aliases=["quantize", "4 bit", "int4", "nunchaku", "compress model"],
             is_input_list=True,
             is_output_node=True,

@@ -673,6 +673,23 @@ def test_vace_is_calibrated_with_its_frames(host, tmp_path):
     assert set(seen) == {4 * 16}
 
 
+def test_guides_of_ltx_are_left_out(host, tmp_path):
+    """What LTXVAddGuide puts into a conditioning: places in the user's own latent."""
+    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
+    from comfyui_svdquant.svdq_core.host.model import ModelSource
+
+    (family,) = (family for family in FAMILIES if family.recipe is LTXV)
+    family.save(tmp_path / "ltxv.safetensors")
+    source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "ltxv.safetensors")))
+    ((context, options),) = blank_conditioning(source, 0)
+    prompts = [[[context, options | {"keyframe_idxs": torch.zeros(1, 3, 4, 2)}]]]
+    seen = []
+    (layer,) = source.modules(["patchify_proj"]).values()
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    calibrate(source, prompts, CalibrationSettings(steps=1, size=64), lambda event: None)
+    assert set(seen) == {5 * 2 * 2}
+
+
 WAN_VARIANTS = {  # by ComfyUI's class of the network: what else ComfyUI has, and what tells some of them apart
     "WAN21_Camera": ("model", "CameraWanModel", {"model_type": "camera", "in_dim": 32}, {}),
     "WAN21_HuMo": ("model", "HumoWanModel", {"in_dim": 36}, {}),

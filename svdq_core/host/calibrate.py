@@ -105,6 +105,7 @@ def with_sound(model: ModelPatcher, video: Tensor) -> NestedTensor:
 
 FRAMES = ("concat_latent_image", "vace_frames")  # a conditioning's pictures, one for every frame
 AS_WIDE = ("vace_frames", "vace_mask")  # ComfyUI fits all others to the latent itself
+LEFT_OUT = ("keyframe_idxs", "guide_attention_entries")  # LTX's places for pictures in the user's own latent
 
 
 def as_large(prompt: Conditioning, latent: Tensor, frames: int) -> tuple[Conditioning, Tensor]:
@@ -128,7 +129,10 @@ def as_large(prompt: Conditioning, latent: Tensor, frames: int) -> tuple[Conditi
         size = latent.shape[-1], latent.shape[-2]
         return comfy.utils.common_upscale(value, *size, "bilinear", "center") if name in AS_WIDE else value
 
-    smaller = [[context, {name: cut(name, value) for name, value in options.items()}] for context, options in prompt]
+    smaller = [
+        [context, {name: cut(name, value) for name, value in options.items() if name not in LEFT_OUT}]
+        for context, options in prompt
+    ]
     return smaller, latent.repeat(1, 1, frames, 1, 1)
 
 
