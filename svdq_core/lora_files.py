@@ -34,9 +34,10 @@ BFL = re.compile(
 DIFFUSERS = re.compile(
     r"(?:single_)?transformer_blocks\.\d+\.|(?:x_embedder|context_embedder|time_text_embed|norm_out|proj_out)\."
 )
-OTHERS = re.compile(  # Wan, Z-Image, Lumina 2, Krea 2 and Anima, whose names are the same nearly everywhere
+OTHERS = re.compile(  # Wan, Z-Image, Lumina 2, Krea 2, Anima and SD 3, whose names are the same nearly everywhere
     r"(?:vace_)?blocks\.\d+\.(?:self_attn|cross_attn|ffn|norm3|modulation|before_proj|after_proj)\."
     r"|blocks\.\d+\.(?:attn\.(?:w[qkvo]|gate)|mlp\.(?:gate|up|down|layer[12])|adaln_modulation_\w+\.[12])\.|llm_adapter\."
+    r"|joint_blocks\.\d+\.|y_embedder\.mlp\.\d\."
     r"|(?:text_embedding|time_embedding|time_projection)\.\d\."
     r"|(?:patch_embedding|head\.head|img_emb\.proj\.\d)\.|(?:cap_embedder\.1|t_embedder\.mlp\.\d)\."
     r"|(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention|feed_forward|adaLN_modulation)\."

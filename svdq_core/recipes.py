@@ -17,12 +17,14 @@ W8A8 = "w8a8"  # 8 bit with smoothing and branch, where 4 bit would lose too muc
 
 @dataclass(frozen=True)
 class Rule:
-    """One linear of a block. ``after_gelu`` allows unsigned activations; equal ``shares`` share their input."""
+    """One linear of a block, of ``some`` blocks or of all. ``after_gelu`` allows unsigned activations; equal ``shares``
+    share their input."""
 
     name: str
     kind: str = W4A4
     after_gelu: bool = False
     shares: str | None = None
+    some: bool = False
 
     @property
     def list(self) -> str:
@@ -406,6 +408,37 @@ ANIMA = Recipe(
     text=("blocks.0.cross_attn.k_proj",),
 )
 
+SD3 = Recipe(
+    name="sd3",
+    title="Stable Diffusion 3",
+    keys=(
+        "x_embedder.proj.weight",
+        "context_embedder.weight",
+        "y_embedder.mlp.0.weight",
+        "joint_blocks.0.context_block.attn.qkv.weight",
+        "joint_blocks.0.x_block.attn.qkv.weight",
+        "final_layer.linear.weight",
+    ),
+    absent=(),
+    # The last block makes nothing of the text; 3.5 Medium looks at the picture twice in its first blocks.
+    rules=(
+        Rule("joint_blocks.{i}.context_block.adaLN_modulation.1", W4A16),
+        Rule("joint_blocks.{i}.x_block.adaLN_modulation.1", W4A16),
+        Rule("joint_blocks.{i}.context_block.attn.qkv"),
+        Rule("joint_blocks.{i}.context_block.attn.proj", some=True),
+        Rule("joint_blocks.{i}.context_block.mlp.fc1", some=True),
+        Rule("joint_blocks.{i}.context_block.mlp.fc2", after_gelu=True, some=True),
+        Rule("joint_blocks.{i}.x_block.attn.qkv"),
+        Rule("joint_blocks.{i}.x_block.attn.proj"),
+        Rule("joint_blocks.{i}.x_block.attn2.qkv", some=True),
+        Rule("joint_blocks.{i}.x_block.attn2.proj", some=True),
+        Rule("joint_blocks.{i}.x_block.mlp.fc1"),
+        Rule("joint_blocks.{i}.x_block.mlp.fc2", after_gelu=True),
+    ),
+    text=("context_embedder",),
+    pooled="y_embedder.mlp.0",
+)
+
 RECIPES: tuple[Recipe, ...] = (
     FLUX,
     FLUX2,
@@ -422,6 +455,7 @@ RECIPES: tuple[Recipe, ...] = (
     LTXAV23,
     KREA2,
     ANIMA,
+    SD3,
 )
 
 FLUX_BLOCKS, FLUX_WIDTH = (19, 38), 3072
@@ -445,6 +479,8 @@ RELEASES: dict[tuple[str, tuple[int, ...], int], str] = {  # of the other famili
     ("wan_vace", (30, 15), 1536): "VACE 1.3B",
     ("wan", (30,), 3072): "2.2 5B",
     ("wan", (30,), 1536): "2.1 1.3B",
+    ("sd3", (24,), 1536): "Medium (3 or 3.5)",
+    ("sd3", (38,), 2432): "Large (3.5)",
     ("ltxav", (48,), 4096): "19B",
     ("ltxav23", (48,), 4096): "22B",
     ("ltxv", (48,), 4096): "13B",
@@ -456,7 +492,7 @@ KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
     ("nerf_blocks.", "Chroma Radiance"),
     ("double_blocks.0.img_attn.norm.key_norm", "a FLUX-like model"),
     ("txt_in.individual_token_refiner.", "HunyuanVideo or HunyuanImage"),
-    ("joint_blocks.0.", "Stable Diffusion 3"),
+    ("joint_blocks.0.", "a part of Stable Diffusion 3"),
     ("dec_net.cond_embed.", "Z-Image on pixels"),
     ("cap_embedder.", "a part of Z-Image or Lumina 2"),
     ("transformer_blocks.0.img_mod.1.", "a part of Qwen-Image"),
@@ -528,7 +564,7 @@ def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], where: str) -> l
             if match := rule.matches(layer):
                 blocks.setdefault(rule.list, set()).add(int(match[1]))
                 found.setdefault((rule.list, match[1], rule.shares or layer), []).append((layer, rule))
-    for rule in recipe.rules:
+    for rule in (rule for rule in recipe.rules if not rule.some):
         for i in range(max(blocks.get(rule.list, {-1})) + 1):
             if (name := rule.name.replace("{i}", str(i))) not in shapes:
                 raise SVDQuantError(f"{where}: {name}.weight is missing. The file is incomplete; download it again.")

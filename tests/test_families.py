@@ -29,6 +29,7 @@ from comfyui_svdquant.svdq_core.recipes import (
     LTXV,
     LUMINA2,
     QWEN_IMAGE,
+    SD3,
     W4A4,
     W4A16,
     W8A8,
@@ -91,6 +92,11 @@ def random_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     return sd
 
 
+def in_float32(sd: dict[str, Tensor], first: str) -> dict[str, Tensor]:
+    """The first layer, a convolution, as ComfyUI loads it where it computes in float32, on a CPU."""
+    return sd | {key: t.float() for key, t in sd.items() if key.startswith(first)}
+
+
 def meta(cls: type[torch.nn.Module], **config: Any) -> torch.nn.Module:
     import comfy.ops
 
@@ -98,15 +104,13 @@ def meta(cls: type[torch.nn.Module], **config: Any) -> torch.nn.Module:
 
 
 def random_hunyuan(axes: list[int], single: int = 1, **config: Any) -> dict[str, Tensor]:
-    """Its first layer is in float32, as ComfyUI loads it where it computes in that, on a CPU."""
     from comfy.ldm.hunyuan_video.model import HunyuanVideo
 
     known = {"in_channels": 64, "out_channels": 64, "vec_in_dim": None, "vision_in_dim": None, "guidance_embed": False}
     known |= {"context_in_dim": TEXT, "hidden_size": WIDTH, "num_heads": 2, "depth": 1, "depth_single_blocks": single}
     known |= {"axes_dim": axes, "patch_size": [1] * len(axes), "mlp_ratio": 4.0, "theta": 256, "qkv_bias": True}
     known |= dict.fromkeys(("byt5", "meanflow", "use_cond_type_embedding", "meanflow_sum"), False)
-    sd = random_weights(meta(HunyuanVideo, **known | config))
-    return sd | {key: t.float() for key, t in sd.items() if key.startswith("img_in.")}
+    return in_float32(random_weights(meta(HunyuanVideo, **known | config)), "img_in.")
 
 
 def random_hunyuan_video() -> dict[str, Tensor]:
@@ -193,6 +197,16 @@ def random_anima() -> dict[str, Tensor]:
     config |= {"model_channels": WIDTH, "num_blocks": 1, "num_heads": 2, "crossattn_emb_channels": TEXT}
     config |= {"patch_spatial": 2, "patch_temporal": 1, "pos_emb_cls": "rope3d", "use_adaln_lora": True}
     return random_weights(meta(Anima, **config))
+
+
+def random_sd3() -> dict[str, Tensor]:
+    """As many heads of 64 as blocks, as published; the first looks at the picture twice."""
+    from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+
+    text = {"target": "torch.nn.Linear", "params": {"in_features": TEXT, "out_features": 128}}
+    config = {"in_channels": 16, "depth": 2, "adm_in_channels": small_flux.POOLED, "context_embedder_config": text}
+    config |= {"num_patches": 64, "pos_embed_max_size": 8, "qk_norm": "rms", "x_block_self_attn_layers": [0]}
+    return in_float32(random_weights(meta(MMDiT, input_size=None, **config)), "x_embedder.")
 
 
 FAMILIES = [
@@ -406,6 +420,25 @@ FAMILIES = [
         },
         latent=(1, 16, 1, 8, 8),
         options={"t5xxl_ids": torch.arange(5), "t5xxl_weights": torch.ones(5)},
+    ),
+    Family(
+        SD3,
+        random_sd3,
+        blocks=(2,),
+        layers=19,
+        after_gelu=3,
+        kept={"context_embedder", "t_embedder", "y_embedder", "final_layer"},
+        kinds={W4A4, W4A16},
+        lora={
+            "transformer.transformer_blocks.0.attn.to_k": "joint_blocks.0.x_block.attn.qkv",
+            "base_model.model.transformer_blocks.1.ff.net.2": "joint_blocks.1.x_block.mlp.fc2",
+            "lora_unet_joint_blocks_0_context_block_mlp_fc1": "joint_blocks.0.context_block.mlp.fc1",
+            "joint_blocks.0.x_block.attn2.proj": "joint_blocks.0.x_block.attn2.proj",
+            "diffusion_model.joint_blocks.1.x_block.attn.proj": "joint_blocks.1.x_block.attn.proj",
+            "lora_transformer_transformer_blocks_1_norm1_linear": "joint_blocks.1.x_block.adaLN_modulation.1",
+        },
+        sliced={"transformer.transformer_blocks.0.attn.to_k": (128, 256)},
+        width=128,
     ),
     Family(
         KREA2,
