@@ -70,7 +70,7 @@ class Family:
     sliced: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows of the layer, where not all
     width: int = WIDTH
     text: int = TEXT
-    options: dict[str, Tensor] = field(default_factory=dict)  # what its text encoder gives besides
+    options: dict[str, Any] = field(default_factory=dict)  # what its text encoder gives besides
     config: dict[str, Any] = field(default_factory=dict)  # in the metadata of its files
 
     def save(self, path: Path) -> None:
@@ -496,6 +496,7 @@ FAMILIES = [
             "lora_unet_transformer_blocks_0_audio_ff_net_2": "transformer_blocks.0.audio_ff.net.2",
         },
         latent=(1, 128, 3, 2, 2),
+        options={"unprocessed_ltxav_embeds": True},
         config=LTX2,
     ),
     Family(
@@ -512,6 +513,7 @@ FAMILIES = [
         kinds={W4A4, W8A8},
         lora={"transformer.transformer_blocks.0.attn1.to_out.0": "transformer_blocks.0.attn1.to_out.0"},
         text=WIDTH + TEXT,
+        options={"unprocessed_ltxav_embeds": True},
         latent=(1, 128, 3, 2, 2),
         config=LTX23,
     ),
@@ -740,7 +742,7 @@ def test_variants_of_wan(host, tmp_path, name):
     """Quantized by the same recipes, and loaded as what they were."""
     from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
     from comfyui_svdquant.svdq_core.host.model import ModelSource
-    from comfyui_svdquant.svdq_core.quantize import Job, quantize
+    from comfyui_svdquant.svdq_core.quantize import FileSource, Job, quantize
 
     file, network, more, told = WAN_VARIANTS[name]
     config = {"dim": WIDTH, "ffn_dim": WIDTH, "num_heads": 2, "num_layers": 1, "text_dim": TEXT} | more
@@ -749,7 +751,7 @@ def test_variants_of_wan(host, tmp_path, name):
     save_file(random_weights(model), bf16, {"config": json.dumps({"transformer": told})} if told else None)
     with read_widths():
         source = ModelSource(host.sd.load_diffusion_model(str(bf16)))
-        assert source.origin["model"] == name
+        assert source.origin["model"] == name and source.config == FileSource(bf16).config
         calibrate(source, [blank_conditioning(source, 0)], CalibrationSettings(steps=1, size=64), lambda event: None)
         quantize(source, None, int4, Job(preset="naive", rank=4))
         loaded, latent = load(int4, torch.float32), torch.zeros(1, 16, 3, 8, 8)

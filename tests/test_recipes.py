@@ -58,6 +58,8 @@ def test_refusals_name_what_was_seen():
         find_recipe(["a.weight"], "m")
     with pytest.raises(SVDQuantError, match="looks like a VACE module of Wan"):
         find_recipe(["vace_blocks.0.self_attn.q.weight", "blocks.0.self_attn.q.weight"], "m")
+    with pytest.raises(SVDQuantError, match="looks like Cosmos-Predict2"):
+        find_recipe(["blocks.0.self_attn.q_proj.weight", "blocks.0.mlp.layer1.weight"], "m")
     with pytest.raises(SVDQuantError, match="looks like Wan in diffusers' names"):
         find_recipe(["blocks.0.attn1.to_q.weight"], "m")
     assert find_recipe(random_flux(), "m") is FLUX
