@@ -29,6 +29,8 @@ from comfyui_svdquant.svdq_core.recipes import (
     LTXV,
     LUMINA2,
     QWEN_IMAGE,
+    RECIPES,
+    RELEASES,
     SD3,
     W4A4,
     W4A16,
@@ -632,15 +634,15 @@ def with_update(layer: Any, update: Tensor) -> Any:
     return Updated()
 
 
-@pytest.mark.parametrize(
-    ("width", "double", "single", "release"),
-    [(6144, 8, 48, "dev"), (4096, 8, 24, "klein 9B"), (3072, 5, 20, "klein 4B"), (3072, 5, 21, None)],
-)
-def test_releases_of_flux2(width, double, single, release):
-    shapes = {key: (width, 128) for key in FLUX2.keys}
-    shapes |= {f"double_blocks.{i}.img_attn.qkv.weight": (3 * width, width) for i in range(double)}
-    shapes |= {f"single_blocks.{i}.linear1.weight": (9 * width, width) for i in range(single)}
-    assert facts_of(shapes, FLUX2)["release"] == release
+@pytest.mark.parametrize(("name", "blocks", "width"), RELEASES)
+def test_releases(name, blocks, width):
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    shapes = {f"{recipe.text[0]}.weight": (width, 128)}
+    for part, count in zip(recipe.lists, blocks, strict=True):
+        shapes |= {f"{part}.{i}.linear.weight": (width, width) for i in range(count)}
+    assert facts_of(shapes, recipe)["release"] == RELEASES[name, blocks, width]
+    shapes[f"{recipe.lists[0]}.{blocks[0]}.linear.weight"] = width, width
+    assert facts_of(shapes, recipe)["release"] is None
 
 
 def test_calibration_is_as_large_as_asked(host, tmp_path):
