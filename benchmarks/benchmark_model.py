@@ -29,9 +29,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import record  # noqa: E402
 from comfyui_svdquant.svdq_core import QuantizedLinear, backends  # noqa: E402
+from comfyui_svdquant.svdq_core.families import FLUX  # noqa: E402
 from comfyui_svdquant.svdq_core.formats import get_format  # noqa: E402
 from comfyui_svdquant.svdq_core.implementations import ACTIVATIONS  # noqa: E402
-from comfyui_svdquant.svdq_core.recipes import FLUX, W4A16, plan  # noqa: E402
+from comfyui_svdquant.svdq_core.recipes import W4A16, plan  # noqa: E402
 
 import small_flux  # noqa: E402
 from host.install import host_path  # noqa: E402

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .dialects import strip_prefix, to_comfy_names
 from .errors import SVDQuantError
+from .families import facts_of, family_of, match_recipe
 from .formats import by_disk_name
 from .linear import QuantizedLinear, layer_config
 from .nunchaku_files import Progress, family_in, is_nunchaku, marks_of, no_progress, refusal
-from .recipes import facts_of, family_of, match_recipe, plan
+from .recipes import plan
 
 TOOL = "comfyui-svdquant 0.3.0"
 METADATA_KEY = "svdquant"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .errors import SVDQuantError
+from .families import Z_IMAGE
 from .nunchaku_files import Progress, from_nunchaku_model, is_nunchaku, no_progress
-from .recipes import Z_IMAGE
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "transformer.", "net.")
 TILE_N, INTERLEAVE, HALF_GROUP = 128, 4, 32  # comfy-kitchen's tile-packed W4A4

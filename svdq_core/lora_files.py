@@ -17,9 +17,9 @@ from torch import Tensor
 from .checkpoint import describe_file, read_header, why_unreadable
 from .dialects import renamed_by
 from .errors import SVDQuantError
+from .families import QWEN_IMAGE, RECIPES
 from .lora_checks import check_parts, check_values, describe_adapters
 from .nunchaku_lora import NUNCHAKU, from_nunchaku
-from .recipes import QWEN_IMAGE, RECIPES
 
 MAX_TENSORS = 100_000  # the largest real files have a few thousand
 MAX_NAME = 1000  # characters of a key

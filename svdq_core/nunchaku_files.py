@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .errors import SVDQuantError
+from .families import FLUX, QWEN_IMAGE, Z_IMAGE
 from .formats import AWQ, GELU_SHIFT, NVFP4, get_format
 from .formats.int4 import FLOATS
 from .linear import QuantizedLinear
-from .recipes import FLUX, QWEN_IMAGE, W4A16, Z_IMAGE, Recipe, Rule
+from .recipes import W4A16, Recipe, Rule
 
 TILE = 128  # output rows of a packed tile, and entries of a packed vector
 HALVES = (torch.bfloat16, torch.float16)

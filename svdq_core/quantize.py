@@ -33,9 +33,10 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .errors import SVDQuantError
+from .families import plan_model
 from .formats import Format, get_format
 from .linear import QuantizedLinear
-from .recipes import W4A4, W4A16, W8A8, LayerGroup, plan_model
+from .recipes import W4A4, W4A16, W8A8, LayerGroup
 from .solve import PRESETS, SolveSettings, solve_shared_input
 
 Event = dict[str, Any]

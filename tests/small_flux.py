@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from comfyui_svdquant.svdq_core import QuantizedLinear, read_checkpoint
 from comfyui_svdquant.svdq_core.checkpoint import quantization_metadata, write_checkpoint
+from comfyui_svdquant.svdq_core.families import plan_model
 from comfyui_svdquant.svdq_core.formats import GELU_SHIFT, Format, get_format
 from comfyui_svdquant.svdq_core.quantize import format_of
-from comfyui_svdquant.svdq_core.recipes import plan_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

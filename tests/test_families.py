@@ -16,7 +16,7 @@ import torch
 from comfyui_svdquant.svdq_core.checkpoint import describe_file, read_checkpoint
 from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_Z_IMAGE, renamed_by
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
-from comfyui_svdquant.svdq_core.recipes import (
+from comfyui_svdquant.svdq_core.families import (
     ANIMA,
     CHROMA,
     FLUX2,
@@ -32,17 +32,14 @@ from comfyui_svdquant.svdq_core.recipes import (
     RECIPES,
     RELEASES,
     SD3,
-    W4A4,
-    W4A16,
-    W8A8,
     WAN,
     WAN_I2V,
     WAN_VACE,
     Z_IMAGE,
-    Recipe,
     facts_of,
     plan_model,
 )
+from comfyui_svdquant.svdq_core.recipes import W4A4, W4A16, W8A8, Recipe
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from comfyui_svdquant.svdq_core.checkpoint import describe_file, parameters, read_checkpoint, read_header
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
+from comfyui_svdquant.svdq_core.families import FLUX, facts_of
 from comfyui_svdquant.svdq_core.lora_files import read_lora
-from comfyui_svdquant.svdq_core.recipes import FLUX, facts_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

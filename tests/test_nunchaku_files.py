@@ -13,9 +13,9 @@ import torch
 from comfyui_svdquant.svdq_core import QuantizedLinear, SVDQuantError, read_checkpoint
 from comfyui_svdquant.svdq_core.checkpoint import describe_file
 from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_FLUX
+from comfyui_svdquant.svdq_core.families import plan_model
 from comfyui_svdquant.svdq_core.formats import get_format
 from comfyui_svdquant.svdq_core.nunchaku_files import FAMILIES, Packed, read_layer
-from comfyui_svdquant.svdq_core.recipes import plan_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -2,7 +2,8 @@
 
 import pytest
 from comfyui_svdquant.svdq_core.errors import SVDQuantError
-from comfyui_svdquant.svdq_core.recipes import FLUX, W4A4, W4A16, Recipe, Rule, find_recipe, plan
+from comfyui_svdquant.svdq_core.families import FLUX, find_recipe
+from comfyui_svdquant.svdq_core.recipes import W4A4, W4A16, Recipe, Rule, plan
 
 from small_flux import random_flux
 

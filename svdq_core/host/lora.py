@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..dialects import HUNYUAN_NAMES, renamed_by
 from ..errors import SVDQuantError
+from ..families import match_recipe
 from ..lora_checks import describe_adapters
 from ..lora_files import foreign_architecture, read_lora
-from ..recipes import match_recipe
 from .adapters import Offset, check, difference, fits_beside, reduced, translate
 from .layout import is_quantized
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import model_config, read_header, tensor_bytes
 from ..errors import SVDQuantError
-from ..recipes import LayerGroup, Recipe, find_recipe, plan_model
+from ..families import find_recipe, plan_model
+from ..recipes import LayerGroup, Recipe
 from .layout import is_quantized
 
 PREFIX = "diffusion_model."

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..checkpoint import read_header
 from ..dialects import DIFFUSERS_FLUX, to_comfy_names
 from ..errors import SVDQuantError
+from ..families import FLUX_BLOCKS, FLUX_WIDTH
 from ..formats import by_disk_name
 from ..linear import layer_config
 from ..lora_checks import adapter_ranks
 from ..lora_files import read_lora
-from ..recipes import FLUX_BLOCKS, FLUX_WIDTH
 from .lora import LoraPatches, check_patch, match_keys
 
 
