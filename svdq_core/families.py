@@ -430,7 +430,7 @@ RELEASES: dict[tuple[str, tuple[int, ...], int], str] = {  # of the other famili
 KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
     ("nerf_blocks.", "Chroma Radiance"),
     ("double_blocks.0.img_attn.norm.key_norm", "a FLUX-like model"),
-    ("txt_in.individual_token_refiner.", "HunyuanVideo or HunyuanImage"),
+    ("txt_in.individual_token_refiner.", "a part of HunyuanVideo or HunyuanImage, or one with q, k and v apart"),
     ("joint_blocks.0.", "a part of Stable Diffusion 3"),
     ("dec_net.cond_embed.", "Z-Image on pixels"),
     ("cap_embedder.", "a part of Z-Image or Lumina 2"),
@@ -443,7 +443,7 @@ KNOWN_FAMILIES: tuple[tuple[str, str], ...] = (
     ("visual_transformer_blocks.0.", "Kandinsky 5"),
     ("label_emb.0.0.weight", "Stable Diffusion XL"),
     ("input_blocks.0.0.weight", "Stable Diffusion 1.x or 2.x"),
-    ("adaln_single.", "PixArt or LTX-Video"),
+    ("adaln_single.", "PixArt or a part of LTX-Video"),
     ("joint_transformer_blocks.0.", "AuraFlow"),
 )
 

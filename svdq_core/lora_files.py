@@ -26,7 +26,7 @@ MAX_NAME = 1000  # characters of a key
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
-PREFIXES = re.compile(r"((?:base_model\.model\.|model\.|diffusion_model\.|transformer\.|unet\.)*)(.*)")
+PREFIXES = re.compile(r"((?:base_model\.model\.|model\.|diffusion_model\.|transformer\.|unet\.|net\.)*)(.*)")
 BFL = re.compile(
     r"(?:double_blocks|single_blocks)\.\d+\.|(?:img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\."
     r"|(?:double|single)_stream_modulation(?:_img|_txt)?\.lin\.|distilled_guidance_layer\."
@@ -38,6 +38,7 @@ OTHERS = re.compile(  # Wan, Z-Image, Lumina 2, Krea 2, Anima and SD 3, whose na
     r"(?:vace_)?blocks\.\d+\.(?:self_attn|cross_attn|ffn|norm3|modulation|before_proj|after_proj)\."
     r"|blocks\.\d+\.(?:attn\.(?:w[qkvo]|gate)|mlp\.(?:gate|up|down|layer[12])|adaln_modulation_\w+\.[12])\.|llm_adapter\."
     r"|joint_blocks\.\d+\.|y_embedder\.mlp\.\d\."
+    r"|(?:audio_)?(?:patchify_proj|adaln_single|caption_projection)\.|txtfusion\.|txtmlp\.\d\."
     r"|(?:text_embedding|time_embedding|time_projection)\.\d\."
     r"|(?:patch_embedding|head\.head|img_emb\.proj\.\d)\.|(?:cap_embedder\.1|t_embedder\.mlp\.\d)\."
     r"|(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention|feed_forward|adaLN_modulation)\."

@@ -208,11 +208,13 @@ def beside(first: QuantizedLinear, second: QuantizedLinear, where: str) -> Quant
 
     A layer's input is shifted as a whole or not at all: where only the second one's is, the bias takes the shift back.
     Weights and branches are theirs; the second input is then rounded to the signed grid, as SVDQuant Quantize has it.
-    A layer has one tensor scale, too: the first one's, and the second one's λ takes what theirs differ by.
+    A layer has one tensor scale, too: the smaller one, and the other one's λ takes what they differ by. So inputs only
+    grow by that, for which there is room: small ones would fall below the smallest scale of an activation.
     """
     (smooth, down, up), (other_smooth, other_down, other_up) = map(branch_of, (first, second))
     if isinstance(first.fmt, NVFP4):
-        smooth, other_smooth = smooth.float(), other_smooth.float() / ratio_of_scales(first, second, where)
+        ratio = ratio_of_scales(first, second, where)
+        smooth, other_smooth = smooth.float() * ratio.clamp(max=1), other_smooth.float() / ratio.clamp(min=1)
     bias = torch.zeros(up.shape[0], device=up.device)
     for layer in (first, second):
         bias = bias if layer.bias is None else bias + layer.bias.float()
@@ -237,13 +239,14 @@ def branch_of(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
 
 def side_by_side(first: QuantizedLinear, second: QuantizedLinear, dim: int) -> dict[str, Tensor]:
     """Codes and scales of two layers, rows (0) or columns (1) of one after those of the other; NVFP4's tensor scales
-    by row, or the first one's."""
+    by row, or the smaller ones."""
     nvfp4 = isinstance(first.fmt, NVFP4)
     dims = {"weight": dim, "weight_scale": dim if nvfp4 else 1 - dim}  # INT4 has a scale's rows last
     tensors = {name: torch.cat([first.tensors[name], second.tensors[name]], dims[name]) for name in dims}
     if nvfp4:
-        by_row = [layer.tensors["weight_scale_2"].expand(layer.shape[0]) for layer in (first, second)]
-        tensors["weight_scale_2"] = torch.cat(by_row) if dim == 0 else first.tensors["weight_scale_2"]
+        whole = [layer.tensors["weight_scale_2"] for layer in (first, second)]
+        by_row = [scale.expand(layer.shape[0]) for scale, layer in zip(whole, (first, second))]
+        tensors["weight_scale_2"] = torch.cat(by_row) if dim == 0 else torch.minimum(*whole)
     return tensors
 
 

@@ -21,7 +21,7 @@ class SolveSettings:
     """How hard to try. ``alphas`` is the search grid (None in it stands for no smoothing).
 
     In each of the ``passes`` the residual is rounded with the best scales, and the branch fitted to what that leaves.
-    Without any, it is rounded as it comes.
+    Without any, "rtn" rounds it as it comes.
     """
 
     rank: int | None = None  # None: the format's own
@@ -113,7 +113,9 @@ def solve_shared_input(
             try_candidate(candidate, checked, search, fmt, rank, dtype, settings.seed)
             if candidate.error < best.error or not best.branches:
                 best = candidate
-    factor = hessian_factor(x / best.smooth) if samples is not None else torch.diag(best.smooth)
+    factor = None
+    if settings.residual == "gptq" or (settings.passes and rank):
+        factor = hessian_factor(x / best.smooth) if samples is not None else torch.diag(best.smooth)
     return [
         finish(w, x, b, branch, best, factor, fmt, settings, dtype, check)
         for w, b, branch in zip(checked, biases, best.branches, strict=True)
@@ -158,7 +160,7 @@ def finish(
     bias: Tensor | None,
     branch: tuple[Tensor, Tensor],
     chosen: Candidate,
-    factor: Tensor,
+    factor: Tensor | None,
     fmt: Format,
     settings: SolveSettings,
     dtype: torch.dtype,
@@ -166,24 +168,29 @@ def finish(
 ) -> QuantizedLinear:
     """Quantize the residual of the chosen candidate and measure the layer's error on all samples.
 
-    ``factor (K, K)`` is the :func:`.gptq.hessian_factor` of ``x / λ``.
+    ``factor (K, K)`` is the :func:`.gptq.hessian_factor` of ``x / λ``, where the settings need it.
     """
     for step in range(max(1, settings.passes)):
         rest = less(w, chosen.smooth, branch)
         if settings.residual == "gptq":
+            assert factor is not None
             codes, scales = gptq(rest, factor, fmt, dtype, check)
         elif settings.passes:
             codes, scales = nearest(rest, x / chosen.smooth, fmt, dtype)
         else:
             codes, scales = fmt.round_weight(rest, dtype)
-        tensors = fmt.pack(codes, scales, dtype, fmt.tensor_scale(rest))
+        tensor_scale = fmt.tensor_scale(rest)
         del rest
+        tensors = fmt.pack(codes, scales, dtype, tensor_scale)
         rounded = codes.mul_(fmt.spread(scales, w.shape[1]))
-        if step < settings.passes:
-            check()
-            missing = (w * chosen.smooth).sub_(rounded)
-            branch = better_branch(branch, missing, factor, chosen.smooth, dtype, settings.seed)
-            del missing
+        if factor is None or step == settings.passes:
+            break
+        check()
+        missing, before = (w * chosen.smooth).sub_(rounded), branch
+        branch = better_branch(branch, missing, factor, chosen.smooth, dtype, settings.seed)
+        del missing
+        if branch is before:  # so would all further passes be
+            break
     stored_bias = bias
     if chosen.unsigned:  # Σ_k (shift / λ_k) R_nk is what the shift adds to every output
         added = rounded @ (GELU_SHIFT / chosen.smooth)

@@ -6,6 +6,7 @@ ComfyUI takes some widths of these classes for granted; here it reads them from 
 import importlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,7 +274,15 @@ FAMILIES = [
         after_gelu=2,
         kept={"time_in", "txt_in", "vision_in", "cond_type_embedding", "final_layer"},
         kinds={W4A4, W4A16},
-        lora={"lora_unet_double_blocks_0_img_mod_linear": "double_blocks.0.img_mod.lin"},
+        lora={
+            "lora_unet_double_blocks_0_img_mod_linear": "double_blocks.0.img_mod.lin",
+            "lora_unet_double_blocks_0_img_attn_q": "double_blocks.0.img_attn.qkv",
+            "double_blocks.0.txt_attn_v": "double_blocks.0.txt_attn.qkv",
+        },
+        sliced={
+            "lora_unet_double_blocks_0_img_attn_q": (0, WIDTH),
+            "double_blocks.0.txt_attn_v": (2 * WIDTH, 3 * WIDTH),
+        },
         latent=(1, 32, 3, 4, 4),
     ),
     Family(
@@ -414,6 +423,7 @@ FAMILIES = [
             "diffusion_model.blocks.0.self_attn.q_proj": "blocks.0.self_attn.q_proj",
             "lora_unet_blocks_0_mlp_layer2": "blocks.0.mlp.layer2",
             "base_model.model.blocks.0.mlp.layer1": "blocks.0.mlp.layer1",
+            "net.blocks.0.self_attn.k_proj": "blocks.0.self_attn.k_proj",
             "blocks.0.adaln_modulation_mlp.2": "blocks.0.adaln_modulation_mlp.2",
             "lora_unet_blocks_0_cross_attn_v_proj": "blocks.0.cross_attn.v_proj",
         },
@@ -451,6 +461,7 @@ FAMILIES = [
             "transformer.transformer_blocks.0.attn.to_gate": "blocks.0.attn.gate",
             "base_model.model.transformer_blocks.0.attn.to_out.0": "blocks.0.attn.wo",
             "base_model.model.blocks.0.mlp.up": "blocks.0.mlp.up",
+            "base_model.model.txtmlp.1": "txtmlp.1",
             "transformer_blocks.0.ff.down": "blocks.0.mlp.down",
             "lora_unet_txtfusion_refiner_blocks_0_mlp_gate": "txtfusion.refiner_blocks.0.mlp.gate",
         },
@@ -472,6 +483,7 @@ FAMILIES = [
             "transformer_blocks.1.ff.net.2": "transformer_blocks.1.ff.net.2",
             "lora_unet_transformer_blocks_1_attn2_to_v": "transformer_blocks.1.attn2.to_v",
             "diffusion_model.patchify_proj": "patchify_proj",
+            "base_model.model.adaln_single.linear": "adaln_single.linear",
         },
         latent=(1, 128, 3, 2, 2),
         options={"attention_mask": torch.tensor([[1] * 5 + [0] * 2])},
@@ -736,9 +748,27 @@ WAN_VARIANTS = {  # by ComfyUI's class of the network: what else ComfyUI has, an
 }
 
 
+BRINGS = {  # what ComfyUI's nodes put into their conditionings, for a video of another size
+    "WAN21_Camera": {"camera_conditions": (1, 24, 4, 48, 80), "concat_latent_image": (1, 16, 4, 6, 10)},
+    "WAN21_HuMo": {"audio_embed": (1, 13, 8, 5, 1280), "reference_latents": [(1, 16, 1, 6, 10)]},
+    "WAN22_S2V": {"control_video": (1, 16, 4, 6, 10), "audio_embed": (1, 25, 1024, 16)}
+    | {"reference_latents": [(1, 16, 1, 6, 10)], "reference_motion": (1, 16, 2, 6, 10)},
+    "WAN21_SCAIL": {"pose_video_latent": (1, 16, 4, 3, 5), "reference_latents": [(1, 16, 1, 6, 10)]},
+    "WAN22_Animate": {"pose_video_latent": (1, 16, 4, 6, 10), "face_video_pixels": (1, 3, 13, 512, 512)},
+    "WAN21_CausalAR": {"time_dim_concat": (1, 16, 1, 6, 10)},
+}
+
+
+def brought(name: str) -> dict[str, Any]:
+    def filled(shape: Any) -> Any:
+        return [filled(each) for each in shape] if isinstance(shape, list) else torch.zeros(shape)
+
+    return {key: filled(shape) for key, shape in BRINGS.get(name, {}).items()}
+
+
 @pytest.mark.parametrize("name", WAN_VARIANTS)
 def test_variants_of_wan(host, tmp_path, name):
-    """Quantized by the same recipes, and loaded as what they were."""
+    """Quantized by the same recipes, and loaded as what they were; whatever their conditionings bring."""
     from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
     from comfyui_svdquant.svdq_core.host.model import ModelSource
     from comfyui_svdquant.svdq_core.quantize import FileSource, Job, quantize
@@ -751,7 +781,9 @@ def test_variants_of_wan(host, tmp_path, name):
     with read_widths():
         source = ModelSource(host.sd.load_diffusion_model(str(bf16)))
         assert source.origin["model"] == name and source.config == FileSource(bf16).config
-        calibrate(source, [blank_conditioning(source, 0)], CalibrationSettings(steps=1, size=64), lambda event: None)
+        ((context, options),) = blank_conditioning(source, 0)
+        prompts = [[[context, options]], [[context, options | brought(name)]]]
+        calibrate(source, prompts, CalibrationSettings(steps=1, size=64), lambda event: None)
         quantize(source, None, int4, Job(preset="naive", rank=4))
         loaded, latent = load(int4, torch.float32), torch.zeros(1, 16, 3, 8, 8)
         assert type(loaded.model).__name__ == name
@@ -771,6 +803,43 @@ def test_a_model_that_must_see_a_picture_says_so(host, tmp_path):
     prompts = [blank_conditioning(source, 0)]
     with pytest.raises(SVDQuantError, match=r"never ran blocks.0.cross_attn.k_img \(1 such.*picture"):
         calibrate(source, prompts, CalibrationSettings(steps=1, size=64), lambda event: None)
+
+
+def test_a_conditioning_that_does_not_fit_is_named(host, tmp_path):
+    from comfy.clip_vision import Output
+    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
+    from comfyui_svdquant.svdq_core.host.model import ModelSource
+
+    save_file(random_wan("i2v", 36), tmp_path / "i2v.safetensors")
+    with read_widths():
+        source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "i2v.safetensors")))
+    ((context, options),) = blank_conditioning(source, 0)
+    view = Output()
+    view.penultimate_hidden_states = torch.randn(1, 257, 77)  # of another CLIP
+    prompts = [[[context, options | {"clip_vision_output": view}]]]
+    with pytest.raises(SVDQuantError, match=r"beside its text \(clip_vision_output\): .*77.* Connect the text's"):
+        calibrate(source, prompts, CalibrationSettings(steps=1, size=64), lambda event: None)
+
+
+def test_what_a_file_told_of_a_model_is_kept(host, tmp_path):
+    """LTX-2.3 by any loader: its shapes alone make ComfyUI take it for another."""
+    import comfy.utils
+    from comfy.model_detection import detect_unet_config
+    from comfyui_svdquant.svdq_core.host.model import ModelSource
+
+    (family,) = (family for family in FAMILIES if family.recipe is LTXAV23)
+    family.save(tmp_path / "m.safetensors")
+    shutil.copy(tmp_path / "m.safetensors", tmp_path / "m.SFT")
+    sd, metadata = comfy.utils.load_torch_file(str(tmp_path / "m.safetensors"), return_metadata=True)
+    wanted = detect_unet_config(sd, "", metadata=metadata)
+    assert wanted != detect_unet_config(sd, "")
+    models = [
+        host.sd.load_diffusion_model(str(tmp_path / "m.SFT")),
+        host.sd.load_diffusion_model_state_dict(dict(sd), metadata=metadata),
+    ]
+    for model in models:
+        found = detect_unet_config(sd, "", metadata=ModelSource(model).config)
+        assert {key: found[key] for key in wanted} == wanted
 
 
 # ---- on a running ComfyUI ------------------------------------------------------------------------------------

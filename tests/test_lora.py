@@ -515,6 +515,15 @@ def test_model_save(model, small_flux_files, loras):
     assert offloaded["diffusion_model.single_blocks.1.linear2.proj_up"].shape == (256, 16 + RANK)
 
 
+def test_model_save_of_nvfp4(host, small_flux_files, loras):
+    """Its scales are in 8 bit, its branch is not."""
+    patched = with_lora(load(small_flux_files["nvfp4"]), "one", 0.5)
+    wanted, path = sample(patched), save(patched, "nvfp4_with_lora")
+    layer = small_flux.quantized_layers(path)["single_blocks.1.linear2"]
+    assert (layer.rank, layer.proj_down.dtype, layer.proj_up.dtype) == (16 + RANK, torch.bfloat16, torch.bfloat16)
+    assert error_db(sample(load(path)), wanted) < -10
+
+
 def test_summary(host):
     """What the report says: counts, what was reduced, and the unused keys."""
     from comfyui_svdquant.svdq_core.host.lora import LoraPatches

@@ -15,7 +15,7 @@ from comfyui_svdquant.svdq_core.checkpoint import describe_file
 from comfyui_svdquant.svdq_core.dialects import DIFFUSERS_FLUX
 from comfyui_svdquant.svdq_core.families import plan_model
 from comfyui_svdquant.svdq_core.formats import get_format
-from comfyui_svdquant.svdq_core.nunchaku_files import FAMILIES, Packed, read_layer
+from comfyui_svdquant.svdq_core.nunchaku_files import FAMILIES, Packed, beside, read_layer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -492,6 +492,19 @@ def test_flux(host, tmp_path, fmt):
     saved = small_flux.quantized_layers(save(models[1], f"unpacked_{fmt}"))
     for name, layer in found.items():
         assert_equal_tensors(saved[name].state_dict(), layer.state_dict())
+
+
+@pytest.mark.parametrize("times", [1 / 256, 0.3, 1, 7, 256])
+def test_halves_of_other_tensor_scales(times):
+    """The inputs of none of them fall below the smallest scale of an activation."""
+    first, second = random_layer(256, 128, "nvfp4"), random_layer(256, 512, "nvfp4")
+    second.tensors["weight_scale_2"] = second.tensors["weight_scale_2"] * times
+    both, generator = beside(first, second, "m"), torch.Generator().manual_seed(0)
+    x, y = (torch.randn(64, k, generator=generator) for k in (128, 512))
+    y = torch.nn.functional.gelu(y) * 0.3
+    exact = x @ first.dequantized_weight().t() + y @ second.dequantized_weight().t() + first.bias + second.bias
+    parts = error_db(first(x) + second(y), exact.double())
+    assert abs(error_db(both(torch.cat([x, y], 1)), exact.double()) - parts) < 0.7
 
 
 def test_progress_of_unpacking(tmp_path):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from comfyui_svdquant import svdq_core
+from comfyui_svdquant.svdq_core import solve
 from comfyui_svdquant.svdq_core.formats import BRANCH_FORMATS, GELU_SHIFT, get_format
 from comfyui_svdquant.svdq_core.gptq import DAMP, gptq, hessian_factor
 from comfyui_svdquant.svdq_core.lowrank import better_branch, lowrank_branch
@@ -351,6 +352,17 @@ def test_a_branch_that_is_better_stays():
     found = better_branch(branch, missing, hessian_factor(x), torch.ones(K), torch.bfloat16, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, branch))
     assert better_branch((w[:, :0], x[:0].t()), w, hessian_factor(x), torch.ones(K), torch.bfloat16, 0)[0].numel() == 0
+
+
+def test_a_pass_that_changes_nothing_is_the_last(monkeypatch):
+    """INT8 mostly keeps its branch: a second pass would round the same residual once more."""
+    rounded = []
+    monkeypatch.setattr(solve, "gptq", lambda *args: rounded.append(1) or gptq(*args))
+    w, x, _ = problem()
+    for fmt, count in (("int8", 1), ("int4", 3)):
+        rounded.clear()
+        solve_shared_input([w], x, [None], get_format(fmt), SolveSettings(passes=3, alphas=(0.5,)))
+        assert len(rounded) == count
 
 
 def test_passes_pay():

@@ -50,7 +50,8 @@ class NVFP4(Format):
 
     def pack(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, tensor_scale: Tensor) -> dict[str, Tensor]:
         grid = torch.tensor(GRID, device=codes.device)
-        index = torch.bucketize(codes.abs().contiguous(), grid) | torch.signbit(codes).long() << 3
+        index = torch.bucketize(codes.abs(), grid, out_int32=True).to(torch.uint8)
+        index |= torch.signbit(codes).to(torch.uint8) << 3
         return {
             "weight": pack_int4(index).view(torch.uint8),
             "weight_scale": (scales / tensor_scale).to(torch.float8_e4m3fn),

@@ -18,6 +18,7 @@ from comfy.nested_tensor import NestedTensor
 from torch import Tensor
 
 from ..calibration import DEFAULT_RAM_LIMIT, ActivationCollector, Samples, tokens_within
+from ..errors import SVDQuantError
 from ..quantize import Event
 from .model import ModelSource
 
@@ -77,22 +78,33 @@ def calibrate(
             prompt, start = as_large(prompt, latent, frames)
             if source.recipe.sound:
                 start = with_sound(model, start)
-            noise = comfy.sample.prepare_noise(start, settings.seed + i)
-            comfy.sample.sample(
-                model,
-                noise,
-                settings.steps,
-                1.0,
-                "euler",
-                "simple",
-                prompt,
-                prompt,
-                start,
-                callback=step_done,
-                disable_pbar=True,
-                seed=settings.seed + i,
-            )
+            sample(source, prompt, start, settings.steps, settings.seed + i, step_done)
     return collector.samples()
+
+
+def sample(
+    source: ModelSource,
+    prompt: Conditioning,
+    start: Tensor | NestedTensor,
+    steps: int,
+    seed: int,
+    callback: Callable[[int, Tensor, Tensor, int], None],
+) -> None:
+    """ComfyUI's sampler; :class:`SVDQuantError` where what a prompt brings does not fit the model."""
+    noise = comfy.sample.prepare_noise(start, seed)
+    try:
+        comfy.sample.sample(
+            source.model, noise, steps, 1.0, "euler", "simple", prompt, prompt, start,
+            callback=callback, disable_pbar=True, seed=seed,
+        )  # fmt: skip
+    except RuntimeError as error:
+        brought = sorted({name for _, options in prompt for name in options if name not in PLAIN_TEXT})
+        if not brought or comfy.model_management.is_oom(error):
+            raise
+        raise SVDQuantError(
+            f"{source.name} cannot be sampled with what this conditioning brings beside its text "
+            f"({', '.join(brought)}): {error}. Connect the text's conditioning alone."
+        ) from error
 
 
 def with_sound(model: ModelPatcher, video: Tensor) -> NestedTensor:
@@ -103,16 +115,21 @@ def with_sound(model: ModelPatcher, video: Tensor) -> NestedTensor:
     return NestedTensor((video, audio))
 
 
+PLAIN_TEXT = ("pooled_output", "attention_mask", "guidance", "frame_rate")
 FRAMES = ("concat_latent_image", "vace_frames")  # a conditioning's pictures, one for every frame
-AS_WIDE = ("vace_frames", "vace_mask")  # ComfyUI fits all others to the latent itself
-LEFT_OUT = ("keyframe_idxs", "guide_attention_entries")  # LTX's places for pictures in the user's own latent
+AS_WIDE = ("vace_frames", "vace_mask")  # ComfyUI fits these others to the latent itself
+CUT = (*FRAMES, "concat_image", "concat_mask", "vace_mask", "ref_latent")
+# Of the size of the user's own latent, or as long: LTX's guides, what Wan's variants hear. So are videos that are not
+# in CUT: poses, cameras, references.
+LEFT_OUT = ("keyframe_idxs", "guide_attention_entries", "audio_embed", "reference_latents")
 
 
 def as_large(prompt: Conditioning, latent: Tensor, frames: int) -> tuple[Conditioning, Tensor]:
     """A prompt and an empty latent of as many frames: ``frames``, or fewer where the prompt's pictures are fewer.
 
     Image to video and VACE bring pictures for all frames of the user's video, in latents (1, C, T, H, W); the first
-    ones do. Models of pictures, whose ``latent`` is (1, C, H, W), are as they are.
+    ones do. What else is of that video's size is left out. Models of pictures, whose ``latent`` is (1, C, H, W), are as
+    they are.
     """
     if latent.dim() < 5:
         return prompt, latent
@@ -129,8 +146,13 @@ def as_large(prompt: Conditioning, latent: Tensor, frames: int) -> tuple[Conditi
         size = latent.shape[-1], latent.shape[-2]
         return comfy.utils.common_upscale(value, *size, "bilinear", "center") if name in AS_WIDE else value
 
+    def kept(name: str, value: Any) -> bool:
+        first = value[0] if isinstance(value, list) and value else value
+        is_video = isinstance(first, Tensor) and first.dim() >= 5
+        return name in CUT or not (name in LEFT_OUT or is_video)
+
     smaller = [
-        [context, {name: cut(name, value) for name, value in options.items() if name not in LEFT_OUT}]
+        [context, {name: cut(name, value) for name, value in options.items() if kept(name, value)}]
         for context, options in prompt
     ]
     return smaller, latent.repeat(1, 1, frames, 1, 1)
@@ -140,7 +162,8 @@ class Previewer:
     """Small pictures of what is being sampled. Whatever goes wrong here, the calibration goes on without them."""
 
     def __init__(self, model: ModelPatcher) -> None:
-        self.model, self.failed, self.last = model, False, 0.0
+        self.model, self.last = model, 0.0
+        self.failed = model.model.latent_format.latent_rgb_factors is None  # not even ComfyUI's cheapest
         self.decoder: latent_preview.LatentPreviewer | None = None
 
     def picture(self, denoised: Tensor, due: bool) -> str | None:

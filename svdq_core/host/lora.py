@@ -162,10 +162,15 @@ def with_other_names(key_map: dict[str, Any], model: BaseModel) -> dict[str, Any
     if isinstance(model, LTXV | LTXAV):
         out |= {f"transformer.{name}": target for name, target in layers.items()}
     if isinstance(model, HunyuanVideo | HunyuanImage21):
+        width, theirs = model.model_config.unet_config["hidden_size"], {}
         for name, target in layers.items():
-            theirs = renamed_by(TENCENT_NAMES, f"{name}.").removesuffix(".")
-            plain = theirs.replace(".", "_")
-            out |= dict.fromkeys((f"{prefix}{theirs}", f"transformer.{theirs}", f"lora_unet_{plain}"), target)
+            theirs[renamed_by(TENCENT_NAMES, f"{name}.").removesuffix(".")] = target
+            if name.endswith("_attn.qkv"):  # since 1.5 each for itself
+                attention = name.removesuffix(".qkv")
+                theirs |= {f"{attention}_{c}": (target, (0, i * width, width)) for i, c in enumerate("qkv")}
+        for name, target in theirs.items():
+            plain = name.replace(".", "_")
+            out |= dict.fromkeys((f"{prefix}{name}", f"transformer.{name}", f"lora_unet_{plain}"), target)
         for key, target in comfy.utils.flux_to_diffusers(model.model_config.unet_config, prefix).items():
             if key.startswith(("transformer_blocks.", "single_transformer_blocks.")) and key.endswith(".weight"):
                 name = key.removesuffix(".weight")

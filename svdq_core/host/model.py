@@ -1,6 +1,7 @@
 """A loaded ComfyUI MODEL as the quantizer's source: weights one by one, patches baked in."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ..recipes import LayerGroup, Recipe
 from .layout import is_quantized
 
 PREFIX = "diffusion_model."
+LTX = ("ltxv", "ltxav")  # ComfyUI reads what they are from their files' metadata; names of its own
+PLAIN = (bool, int, float, str, list, tuple, dict)
 SAMPLED_VALUES = 64  # per tensor, for a fingerprint that does not read the whole model
 
 
@@ -48,8 +51,11 @@ class ModelSource:
         self.config: dict[str, str] = {}
         if path := file_of(model):
             self.origin["file"] = path.name
-            if path.suffix == ".safetensors":
+            if path.suffix.lower() in (".safetensors", ".sft"):
                 self.config = model_config(read_header(path)[1])
+        elif (built := model.model.model_config.unet_config).get("image_model") in LTX:  # another plugin's loader
+            plain = {k: v for k, v in built.items() if isinstance(v, PLAIN) and k != "image_model"}
+            self.config = {"config": json.dumps({"transformer": plain})}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {k: tuple(p.shape) for k, p in self.parameters.items()}

@@ -184,7 +184,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         params, adapters = self.weight._params, self.adapters
         if adapters is None or adapters.branch is None or adapters.others or params.proj_down is None:
             return None
-        up, down = (t.to("cpu", params.scale.dtype) for t in (adapters.branch.up, adapters.branch.down))
+        up, down = (t.to("cpu", params.proj_down.dtype) for t in (adapters.branch.up, adapters.branch.down))
         wider: Any = torch.addmm(self.weight.cpu(), up, down)
         return {name: getattr(wider._params, name).contiguous() for name in ("proj_down", "proj_up")}
 
