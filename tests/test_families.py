@@ -805,6 +805,23 @@ def test_a_model_that_must_see_a_picture_says_so(host, tmp_path):
         calibrate(source, prompts, CalibrationSettings(steps=1, size=64), lambda event: None)
 
 
+def test_pictures_to_edit_are_seen_in_calibration(host, tmp_path):
+    """Qwen-Image-Edit's, of any size, beside the picture that it makes; its latents have a frame, too."""
+    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
+    from comfyui_svdquant.svdq_core.host.model import ModelSource
+
+    save_file(random_qwen_image(), tmp_path / "m.safetensors")
+    with read_widths():
+        source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "m.safetensors")))
+    ((context, options),) = blank_conditioning(source, 0)
+    seen = []
+    (layer,) = source.modules(["transformer_blocks.0.attn.to_q"]).values()
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    references = {"reference_latents": [torch.randn(1, 16, 1, 6, 10)]}
+    calibrate(source, [[[context, options | references]]], CalibrationSettings(steps=1, size=64), lambda event: None)
+    assert set(seen) == {16 + 15}
+
+
 def test_a_conditioning_that_does_not_fit_is_named(host, tmp_path):
     from comfy.clip_vision import Output
     from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate

@@ -15,9 +15,7 @@ class Format(ABC):
     disk_name: str
     bits: int
     group: int | None  # columns that share a weight scale; None: the whole row does
-    factors: tuple[float, ...] = (
-        1.0,
-    )  # of the scale that fits a group's largest value: :meth:`best_scales` tries them
+    factors: tuple[float, ...] = (1.0,)  # of the scale that fits the largest value, for :meth:`best_scales`
     has_branch: bool = True
     has_unsigned: bool = True  # an unsigned activation grid
     default_rank: int = 32

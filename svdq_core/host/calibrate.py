@@ -128,10 +128,10 @@ def as_large(prompt: Conditioning, latent: Tensor, frames: int) -> tuple[Conditi
     """A prompt and an empty latent of as many frames: ``frames``, or fewer where the prompt's pictures are fewer.
 
     Image to video and VACE bring pictures for all frames of the user's video, in latents (1, C, T, H, W); the first
-    ones do. What else is of that video's size is left out. Models of pictures, whose ``latent`` is (1, C, H, W), are as
-    they are.
+    ones do. What else is of that video's size is left out. For models of pictures, which take references of any size,
+    both are as they are.
     """
-    if latent.dim() < 5:
+    if frames == 1:
         return prompt, latent
     found = [options[name] for _, options in prompt for name in FRAMES if name in options]
     pictures = [t for value in found for t in (value if isinstance(value, list) else [value])]
