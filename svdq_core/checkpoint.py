@@ -295,7 +295,7 @@ def file_sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
 
 def model_config(metadata: Mapping[str, str]) -> dict[str, str]:
     """The part of a model file's metadata that ComfyUI reads: some variants differ in nothing else."""
-    return {key: metadata[key] for key in ("config",) if key in metadata}
+    return {"config": metadata["config"]} if "config" in metadata else {}
 
 
 def quantization_metadata(layers: Mapping[str, QuantizedLinear], info: dict[str, Any]) -> dict[str, str]:

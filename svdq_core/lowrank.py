@@ -24,6 +24,11 @@ def lowrank_branch(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Te
     return u[:, :rank] * root, v[:, :rank] * root
 
 
+def as_stored(up: Tensor, down: Tensor, smooth: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``proj_up (N, R)`` and ``proj_down (K, R)`` of a smoothed weight's branch, rounded to ``dtype``, in float32."""
+    return up.to(dtype).float(), (down / smooth.unsqueeze(1)).to(dtype).float()
+
+
 def better_branch(
     branch: tuple[Tensor, Tensor],
     missing: Tensor,
@@ -47,13 +52,13 @@ def better_branch(
     down = factor.t() @ down
     tiny = torch.finfo(torch.float32).tiny
     balance = (down.norm(dim=0) / up.norm(dim=0).clamp(min=tiny)).sqrt().clamp(min=tiny)
-    up, down = (up * balance).to(dtype).float(), (down / balance / smooth.unsqueeze(1)).to(dtype).float()
+    better = as_stored(up * balance, down / balance, smooth, dtype)
 
     def lost(branch: tuple[Tensor, Tensor]) -> float:
         up, down = branch
         return float((wanted - up @ whitened((down * smooth.unsqueeze(1)).t(), factor)).square().sum())
 
-    return min(branch, (up, down), key=lost)
+    return min(branch, better, key=lost)
 
 
 def whitened(rows: Tensor, factor: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 from .errors import SVDQuantError
 from .formats import GELU_SHIFT, Format, get_format
 from .formats.awq import AWQ
-from .gptq import gptq, hessian_factor, nearest
+from .gptq import gptq, hessian_factor
 from .linear import QuantizedLinear
-from .lowrank import better_branch, lowrank_branch
+from .lowrank import as_stored, better_branch, lowrank_branch
 from .smoothing import quantized_input, smoothing_factor
 
 
@@ -150,8 +150,7 @@ def stored_branch(smoothed: Tensor, smooth: Tensor, rank: int, dtype: torch.dtyp
 
     The residual is taken against these rounded factors, so rounding the branch costs nothing.
     """
-    up, down = lowrank_branch(smoothed, rank, seed)
-    return up.to(dtype).float(), (down / smooth.unsqueeze(1)).to(dtype).float()
+    return as_stored(*lowrank_branch(smoothed, rank, seed), smooth, dtype)
 
 
 def finish(
@@ -170,20 +169,19 @@ def finish(
 
     ``factor (K, K)`` is the :func:`.gptq.hessian_factor` of ``x / λ``, where the settings need it.
     """
-    for step in range(max(1, settings.passes)):
+    for _ in range(max(1, settings.passes)):
         rest = less(w, chosen.smooth, branch)
         if settings.residual == "gptq":
             assert factor is not None
             codes, scales = gptq(rest, factor, fmt, dtype, check)
-        elif settings.passes:
-            codes, scales = nearest(rest, x / chosen.smooth, fmt, dtype)
         else:
-            codes, scales = fmt.round_weight(rest, dtype)
+            importance = (x / chosen.smooth).square().mean(dim=0) if settings.passes else None
+            codes, scales = fmt.round_weight(rest, dtype, importance)
         tensor_scale = fmt.tensor_scale(rest)
         del rest
         tensors = fmt.pack(codes, scales, dtype, tensor_scale)
         rounded = codes.mul_(fmt.spread(scales, w.shape[1]))
-        if factor is None or step == settings.passes:
+        if factor is None or not settings.passes:
             break
         check()
         missing, before = (w * chosen.smooth).sub_(rounded), branch

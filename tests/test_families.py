@@ -72,11 +72,10 @@ class Family:
     text: int = TEXT
     options: dict[str, Any] = field(default_factory=dict)  # what its text encoder gives besides
     config: dict[str, Any] = field(default_factory=dict)  # in the metadata of its files
+    latent: tuple[int, ...] = (1, 16, 8, 8)
 
     def save(self, path: Path) -> None:
         save_file(self.make(), path, {"config": json.dumps({"transformer": self.config})} if self.config else None)
-
-    latent: tuple[int, ...] = (1, 16, 8, 8)
 
 
 def random_weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -654,41 +653,45 @@ def test_releases(name, blocks, width):
     assert facts_of(shapes, recipe)["release"] is None
 
 
-def test_calibration_is_as_large_as_asked(host, tmp_path):
-    """FLUX.2's latents are half as wide as the latents of an empty picture in ComfyUI."""
-    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
+def source_of(host, path: Path) -> Any:
     from comfyui_svdquant.svdq_core.host.model import ModelSource
 
-    save_file(small_flux.random_flux2(), tmp_path / "flux2.safetensors")
-    source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "flux2.safetensors")))
+    with read_widths():
+        return ModelSource(host.sd.load_diffusion_model(str(path)))
+
+
+def tokens_seen(source: Any, layers: list[str], options: dict[str, Any], size: int = 64) -> set[int]:
+    """How many tokens the layers read at once, in calibration with a conditioning that holds these beside its text."""
+    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
+
+    ((context, blank),) = blank_conditioning(source, 0)
     seen = []
-    (layer,) = source.modules(["img_in"]).values()
-    with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])):
-        calibrate(source, [blank_conditioning(source, 0)], CalibrationSettings(steps=1, size=128), lambda event: None)
-    assert set(seen) == {(128 // 16) ** 2}
+    for layer in source.modules(layers).values():
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    calibrate(source, [[[context, blank | options]]], CalibrationSettings(steps=1, size=size), lambda event: None)
+    return set(seen)
+
+
+def test_calibration_is_as_large_as_asked(host, tmp_path):
+    """FLUX.2's latents are half as wide as the latents of an empty picture in ComfyUI."""
+    save_file(small_flux.random_flux2(), tmp_path / "flux2.safetensors")
+    source = source_of(host, tmp_path / "flux2.safetensors")
+    assert tokens_seen(source, ["img_in"], {}, size=128) == {(128 // 16) ** 2}
 
 
 @pytest.mark.parametrize(("theirs", "frames"), [(21, 5), (3, 3)])
 def test_image_to_video_is_calibrated_with_its_pictures(host, tmp_path, theirs, frames):
     """What WanImageToVideo puts into a conditioning: pictures and a mask for every frame, CLIP's view of the first."""
     from comfy.clip_vision import Output
-    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
-    from comfyui_svdquant.svdq_core.host.model import ModelSource, hash_nested
+    from comfyui_svdquant.svdq_core.host.model import hash_nested
 
     save_file(random_wan("i2v", 36), tmp_path / "i2v.safetensors")
-    with read_widths():
-        source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "i2v.safetensors")))
-    ((context, options),) = blank_conditioning(source, 0)
-    view = Output()
+    source, view = source_of(host, tmp_path / "i2v.safetensors"), Output()
     view.penultimate_hidden_states = torch.randn(1, 257, 1280)
-    options |= {"concat_latent_image": torch.randn(1, 16, theirs, 8, 8), "clip_vision_output": view}
+    options = {"concat_latent_image": torch.randn(1, 16, theirs, 8, 8), "clip_vision_output": view}
     options |= {"concat_mask": torch.ones(1, 1, theirs, 8, 8)}
-    seen = []
-    layers = source.modules(["blocks.0.self_attn.q", "blocks.0.cross_attn.k_img"])
-    for layer in layers.values():
-        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    calibrate(source, [[[context, options]]], CalibrationSettings(steps=1, size=64), lambda event: None)
-    assert set(seen) == {frames * 16, 257} and options["concat_mask"].shape[2] == theirs
+    seen = tokens_seen(source, ["blocks.0.self_attn.q", "blocks.0.cross_attn.k_img"], options)
+    assert seen == {frames * 16, 257} and options["concat_mask"].shape[2] == theirs
 
     def digest(view: Any) -> list[bytes]:
         told: list[bytes] = []
@@ -704,36 +707,18 @@ def test_image_to_video_is_calibrated_with_its_pictures(host, tmp_path, theirs, 
 
 def test_vace_is_calibrated_with_its_frames(host, tmp_path):
     """What WanVaceToVideo puts into a conditioning, of another length and size than calibration has."""
-    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
-    from comfyui_svdquant.svdq_core.host.model import ModelSource
-
     save_file(random_vace(), tmp_path / "vace.safetensors")
-    with read_widths():
-        source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "vace.safetensors")))
-    ((context, options),) = blank_conditioning(source, 0)
-    options |= {"vace_frames": [torch.randn(1, 32, 4, 6, 10)], "vace_mask": [torch.ones(1, 64, 4, 6, 10)]}
-    seen = []
-    (layer,) = source.modules(["vace_blocks.0.ffn.0"]).values()
-    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    calibrate(source, [[[context, options]]], CalibrationSettings(steps=1, size=64), lambda event: None)
-    assert set(seen) == {4 * 16}
+    options = {"vace_frames": [torch.randn(1, 32, 4, 6, 10)], "vace_mask": [torch.ones(1, 64, 4, 6, 10)]}
+    source = source_of(host, tmp_path / "vace.safetensors")
+    assert tokens_seen(source, ["vace_blocks.0.ffn.0"], options) == {4 * 16}
 
 
 def test_guides_of_ltx_are_left_out(host, tmp_path):
     """What LTXVAddGuide puts into a conditioning: places in the user's own latent."""
-    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
-    from comfyui_svdquant.svdq_core.host.model import ModelSource
-
     (family,) = (family for family in FAMILIES if family.recipe is LTXV)
     family.save(tmp_path / "ltxv.safetensors")
-    source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "ltxv.safetensors")))
-    ((context, options),) = blank_conditioning(source, 0)
-    prompts = [[[context, options | {"keyframe_idxs": torch.zeros(1, 3, 4, 2)}]]]
-    seen = []
-    (layer,) = source.modules(["patchify_proj"]).values()
-    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    calibrate(source, prompts, CalibrationSettings(steps=1, size=64), lambda event: None)
-    assert set(seen) == {5 * 2 * 2}
+    source = source_of(host, tmp_path / "ltxv.safetensors")
+    assert tokens_seen(source, ["patchify_proj"], {"keyframe_idxs": torch.zeros(1, 3, 4, 2)}) == {5 * 2 * 2}
 
 
 WAN_VARIANTS = {  # by ComfyUI's class of the network: what else ComfyUI has, and what tells some of them apart
@@ -793,49 +778,30 @@ def test_variants_of_wan(host, tmp_path, name):
 def test_a_model_that_must_see_a_picture_says_so(host, tmp_path):
     """WanDancer has no text in the picture's place, as image to video has."""
     from comfy.ldm.wan.model_wandancer import WanDancerModel
-    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
-    from comfyui_svdquant.svdq_core.host.model import ModelSource
 
     config = {"dim": WIDTH, "ffn_dim": WIDTH, "num_heads": 2, "num_layers": 1, "text_dim": TEXT, "in_dim": 36}
     save_file(random_weights(meta(WanDancerModel, **config)), tmp_path / "m.safetensors")
-    with read_widths():
-        source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "m.safetensors")))
-    prompts = [blank_conditioning(source, 0)]
+    source = source_of(host, tmp_path / "m.safetensors")
     with pytest.raises(SVDQuantError, match=r"never ran blocks.0.cross_attn.k_img \(1 such.*picture"):
-        calibrate(source, prompts, CalibrationSettings(steps=1, size=64), lambda event: None)
+        tokens_seen(source, [], {})
 
 
 def test_pictures_to_edit_are_seen_in_calibration(host, tmp_path):
     """Qwen-Image-Edit's, of any size, beside the picture that it makes; its latents have a frame, too."""
-    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
-    from comfyui_svdquant.svdq_core.host.model import ModelSource
-
     save_file(random_qwen_image(), tmp_path / "m.safetensors")
-    with read_widths():
-        source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "m.safetensors")))
-    ((context, options),) = blank_conditioning(source, 0)
-    seen = []
-    (layer,) = source.modules(["transformer_blocks.0.attn.to_q"]).values()
-    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     references = {"reference_latents": [torch.randn(1, 16, 1, 6, 10)]}
-    calibrate(source, [[[context, options | references]]], CalibrationSettings(steps=1, size=64), lambda event: None)
-    assert set(seen) == {16 + 15}
+    source = source_of(host, tmp_path / "m.safetensors")
+    assert tokens_seen(source, ["transformer_blocks.0.attn.to_q"], references) == {16 + 15}
 
 
 def test_a_conditioning_that_does_not_fit_is_named(host, tmp_path):
     from comfy.clip_vision import Output
-    from comfyui_svdquant.svdq_core.host.calibrate import CalibrationSettings, blank_conditioning, calibrate
-    from comfyui_svdquant.svdq_core.host.model import ModelSource
 
     save_file(random_wan("i2v", 36), tmp_path / "i2v.safetensors")
-    with read_widths():
-        source = ModelSource(host.sd.load_diffusion_model(str(tmp_path / "i2v.safetensors")))
-    ((context, options),) = blank_conditioning(source, 0)
-    view = Output()
+    source, view = source_of(host, tmp_path / "i2v.safetensors"), Output()
     view.penultimate_hidden_states = torch.randn(1, 257, 77)  # of another CLIP
-    prompts = [[[context, options | {"clip_vision_output": view}]]]
     with pytest.raises(SVDQuantError, match=r"beside its text \(clip_vision_output\): .*77.* Connect the text's"):
-        calibrate(source, prompts, CalibrationSettings(steps=1, size=64), lambda event: None)
+        tokens_seen(source, [], {"clip_vision_output": view})
 
 
 def test_what_a_file_told_of_a_model_is_kept(host, tmp_path):

@@ -148,9 +148,8 @@ def test_gptq_survives_dead_and_duplicate_channels():
     w, x, _ = problem()
     x[:, 10] = 0
     x[:, 11] = x[:, 12]
-    codes, _ = gptq(
-        w, hessian_factor(x[:8]), get_format("int4"), torch.bfloat16, lambda: None
-    )  # fewer tokens than channels
+    factor = hessian_factor(x[:8])  # fewer tokens than channels
+    codes, _ = gptq(w, factor, get_format("int4"), torch.bfloat16, lambda: None)
     assert torch.isfinite(codes).all()
 
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+COLUMNS = 128  # whose scales are looked for together: more would take more copies of a weight
 GELU_SHIFT = 0.171875  # GELU(tanh) never goes below -0.17, so x + shift fits an unsigned grid
 
 
@@ -70,22 +71,34 @@ class Format(ABC):
         ``w (N, K)`` float32, ``importance (K,)``. A little less than what fits the largest value is mostly better for
         the others.
         """
-        best = self.weight_scales(w, dtype, tensor_scale)
-        if len(self.factors) == 1 or self.group is None:
-            return best
+        if self.group is None:
+            return self.weight_scales(w, dtype, tensor_scale)
         groups, weights = w.unflatten(-1, (-1, self.group)), importance.unflatten(-1, (-1, self.group))
-        least = torch.full_like(best, float("inf"))
-        for factor in self.factors:
+
+        def tried(factor: float) -> tuple[Tensor, Tensor]:
             scales = self.weight_scales(w, dtype, tensor_scale, factor)
             spread = scales.unsqueeze(-1)
-            lost = (self.weight_codes(groups / spread) * spread - groups).square_().mul_(weights).sum(dim=-1)
+            return scales, (self.weight_codes(groups / spread) * spread - groups).square_().mul_(weights).sum(dim=-1)
+
+        best, least = tried(self.factors[0])
+        for factor in self.factors[1:]:
+            scales, lost = tried(factor)
             best, least = torch.where(lost < least, scales, best), torch.minimum(lost, least)
         return best
 
-    def round_weight(self, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Round to nearest: grid values ``(N, K)`` and scales ``(N, K/G)`` of a float32 weight."""
-        scales = self.weight_scales(w, dtype, self.tensor_scale(w))
-        return self.weight_codes(w / self.spread(scales, w.shape[1])), scales
+    def round_weight(self, w: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Round to nearest: grid values ``(N, K)`` and scales ``(N, K/G)`` of a float32 weight.
+
+        With ``importance (K,)`` the scales are its :meth:`best_scales`.
+        """
+        tensor_scale, k = self.tensor_scale(w), w.shape[1]
+        if importance is None:
+            scales = self.weight_scales(w, dtype, tensor_scale)
+        else:
+            size = COLUMNS if self.group else k
+            parts = zip(w.split(size, dim=1), importance.split(size), strict=True)
+            scales = torch.cat([self.best_scales(*part, dtype, tensor_scale) for part in parts], dim=1)
+        return self.weight_codes(w / self.spread(scales, k)), scales
 
 
 def grouped_absmax(x: Tensor, group: int) -> Tensor:
